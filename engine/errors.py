@@ -1,0 +1,27 @@
+"""How a user's mistake ends a program: one line that names the thing, the place and the remedy, and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. Its message is one line: what, where, and what to do about it."""
+
+
+@contextlib.contextmanager
+def user_errors(*, quiet: bool = False) -> Iterator[None]:
+    """Turn a `UserError` into its one line on stderr and exit code 2; every other exception keeps its traceback.
+
+    `quiet` exits without printing: on all ranks but the first, which says it for everybody.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not quiet:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None
