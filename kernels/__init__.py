@@ -1,1 +1,41 @@
-"""Public ops of hsrgan."""
+"""The operations StyleGAN2 and HSR spend their time in, each beside its definition in plain PyTorch.
+
+Every op is `op(…)`, fast, and `op_torch(…)`, the definition it is tested against. All are differentiable any number of
+times (feature_match once), so that R1 and path length need nothing special. Imports torch only.
+"""
+
+from hsrgan.kernels.bias_act import bias_act, bias_act_torch
+from hsrgan.kernels.conv2d import conv2d, conv2d_torch
+from hsrgan.kernels.feature_match import feature_match, feature_match_torch
+from hsrgan.kernels.launch import backend, use_backend
+from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch
+from hsrgan.kernels.to_rgb import to_rgb, to_rgb_torch
+from hsrgan.kernels.upfirdn2d import (
+    downsample2d,
+    downsample2d_torch,
+    upfirdn2d,
+    upfirdn2d_torch,
+    upsample2d,
+    upsample2d_torch,
+)
+
+__all__ = [
+    "backend",
+    "bias_act",
+    "bias_act_torch",
+    "conv2d",
+    "conv2d_torch",
+    "downsample2d",
+    "downsample2d_torch",
+    "feature_match",
+    "feature_match_torch",
+    "modulated_conv2d",
+    "modulated_conv2d_torch",
+    "to_rgb",
+    "to_rgb_torch",
+    "upfirdn2d",
+    "upfirdn2d_torch",
+    "upsample2d",
+    "upsample2d_torch",
+    "use_backend",
+]

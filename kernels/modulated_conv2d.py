@@ -1,0 +1,82 @@
+"""Modulated convolution (StyleGAN2, arXiv 1912.04958, §2.2).
+
+    per-sample weights    w'[n,o,i,k] = w[o,i,k]·s[n,i];   demod[n,o] = (Σ_{i,k} w'² + 1e-8)^−½
+    y = bias_act(w' ⋆ x · demod, …) = bias_act(w ⋆ (x·s), demod=demod, …)
+
+The right-hand form needs no weights per sample: scale the input, one shared convolution, scale the output.
+"""
+
+import torch
+from hsrgan.kernels import launch
+from hsrgan.kernels.bias_act import bias_act_torch
+from hsrgan.kernels.conv2d import check_conv2d, conv2d_torch
+from torch import Tensor
+
+EPS = 1e-8
+
+
+def demodulation(weight: Tensor, style: Tensor) -> Tensor:
+    """rsqrt(Σ_{i,k} (w[o,i,k]·s[n,i])² + 1e-8) → [N, Cout]: the sum over the kernel first, then one small product."""
+    return (style.square() @ weight.square().sum((2, 3)).t() + EPS).rsqrt()
+
+
+def normalize_for_half(weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and style brought below 1 in magnitude, which demodulation undoes: fp16 then cannot overflow."""
+    fan_in = weight[0].numel()
+    weight = weight / (weight.abs().amax((1, 2, 3), keepdim=True) * fan_in**0.5)
+    return weight, style / style.abs().amax(1, keepdim=True)
+
+
+def modulated_conv2d_torch(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    *,
+    up: int = 1,
+    f: Tensor | None = None,
+    demodulate: bool = True,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    act: str = "lrelu",
+    gain: float | None = None,
+    clamp: float | None = None,
+) -> Tensor:
+    """The definition of `modulated_conv2d`."""
+    if demodulate and x.dtype == torch.float16:
+        weight, style = normalize_for_half(weight, style)
+    demod = demodulation(weight, style) if demodulate else None
+    x = x * style.to(x.dtype)[:, :, None, None]
+    x = conv2d_torch(x, weight, up=up, f=f)
+    return bias_act_torch(x, bias, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp)
+
+
+def modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    *,
+    up: int = 1,
+    f: Tensor | None = None,
+    demodulate: bool = True,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    act: str = "lrelu",
+    gain: float | None = None,
+    clamp: float | None = None,
+) -> Tensor:
+    """bias_act(conv2d(x·style, weight, up, f), bias, demod, noise, …): one synthesis layer; dtype and format of x.
+
+    x [N, Cin, H, W]; weight [Cout, Cin, k, k]; style [N, Cin]; noise [N or 1, 1, up·H, up·W]; strength one value; bias
+    [Cout]. Weight and style stay in their own dtype (fp32) for the demodulation and are cast where they meet x. fp16 x
+    with demodulation: weight and style are first normalised by their maxima, which demodulation undoes.
+    Differentiable any number of times in every tensor but f.
+    """
+    check_conv2d(x, weight, up, 1, f)
+    launch.check_shape(style, "style", *x.shape[:2])
+    launch.backend()
+    return modulated_conv2d_torch(
+        x, weight, style, up=up, f=f, demodulate=demodulate, noise=noise, strength=strength, bias=bias, act=act,
+        gain=gain, clamp=clamp,
+    )  # fmt: skip

@@ -1,0 +1,56 @@
+"""The image branch of the skip generator (StyleGAN2, arXiv 1912.04958, figure 7b).
+
+y = upsample(image) + fp32(clamp(w ⋆ (x·s) + bias))        w is 1×1, no demodulation, linear
+"""
+
+from hsrgan.kernels import launch
+from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch
+from hsrgan.kernels.upfirdn2d import upsample2d, upsample2d_torch
+from torch import Tensor
+
+
+def to_rgb_torch(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    bias: Tensor | None = None,
+    *,
+    clamp: float | None = None,
+    image: Tensor | None = None,
+    f: Tensor | None = None,
+) -> Tensor:
+    """The definition of `to_rgb`."""
+    y = modulated_conv2d_torch(x, weight, style, demodulate=False, bias=bias, act="linear", clamp=clamp)
+    y = y if y.itemsize > 4 else y.float()
+    if image is None:
+        return y
+    return y + (upsample2d_torch(image, f) if image.shape[-1] < y.shape[-1] else image)
+
+
+def to_rgb(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    bias: Tensor | None = None,
+    *,
+    clamp: float | None = None,
+    image: Tensor | None = None,
+    f: Tensor | None = None,
+) -> Tensor:
+    """Features to pixels, added to the image so far → fp32 image [N, Cimg, H, W] (fp64 for fp64 x).
+
+    x [N, C, H, W]; weight [Cimg, C, 1, 1]; style [N, C], which already carries the weight gain 1/√C; bias [Cimg]; image
+    fp32 [N, Cimg, H, W], or half that size, then upsampled with f. Differentiable any number of times in every tensor
+    but f.
+    """
+    launch.check_shape(weight, "weight", weight.shape[0], x.shape[1], 1, 1)
+    if image is not None:
+        launch.check_images(image, "image")
+        full, half = x.shape[2:], (x.shape[2] // 2, x.shape[3] // 2)
+        launch.check(image.shape[2:] in (full, half), f"image must be {full} or {half} pixels; got {list(image.shape)}")
+        launch.check(image.shape[2:] == full or f is not None, "f is needed to upsample image")
+    y = modulated_conv2d(x, weight, style, demodulate=False, bias=bias, act="linear", clamp=clamp)
+    y = y if y.itemsize > 4 else y.float()
+    if image is None:
+        return y
+    return y + (image if image.shape == y.shape else upsample2d(image, f))

@@ -1,0 +1,109 @@
+"""Pad, upsample, filter, downsample: the resampling of StyleGAN2.
+
+    z = zeros between the samples of x (up·H × up·W), then padded (or cropped, where a padding is negative)
+    y[n,c,i,j] = gain · Σ_{a,b} f[a,b] · z[n,c, down·i + A−1−a, down·j + B−1−b]        f is A × B
+
+A true convolution with f, or, with flip_filter, a correlation; both are one for the symmetric [1,3,3,1] of StyleGAN2.
+"""
+
+import torch
+import torch.nn.functional as F
+from hsrgan.kernels import launch
+from torch import Tensor
+
+Pair = int | tuple[int, int] | list[int]
+
+
+def _pair(value: Pair, name: str) -> tuple[int, int]:
+    x, y = (value, value) if isinstance(value, int) else value
+    if x < 1 or y < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+    return x, y
+
+
+def _sides(padding: int | tuple[int, ...] | list[int]) -> tuple[int, int, int, int]:
+    """(x0, x1, y0, y1) of an int, an (x, y) or an (x0, x1, y0, y1)."""
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    if len(sides) == 2:
+        sides = (sides[0], sides[0], sides[1], sides[1])
+    if len(sides) != 4:
+        raise ValueError(f"padding must be an int, (x, y) or (x0, x1, y0, y1); got {padding}")
+    return sides
+
+
+def upfirdn2d_torch(
+    x: Tensor,
+    f: Tensor | None,
+    *,
+    up: Pair = 1,
+    down: Pair = 1,
+    padding: int | tuple[int, ...] | list[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+) -> Tensor:
+    """The definition of `upfirdn2d`: insert zeros, pad, a depthwise convolution, keep every down-th pixel."""
+    (ux, uy), (dx, dy), (x0, x1, y0, y1) = _pair(up, "up"), _pair(down, "down"), _sides(padding)
+    n, c, h, w = x.shape
+    x = F.pad(x.reshape(n, c, h, 1, w, 1), (0, ux - 1, 0, 0, 0, uy - 1)).reshape(n, c, h * uy, w * ux)
+    x = F.pad(x, (x0, x1, y0, y1))
+    f = torch.ones(1, 1) if f is None else f
+    f = torch.outer(f, f) if f.ndim == 1 else f
+    f = (f if flip_filter else f.flip(0, 1)).to(x)
+    x = F.conv2d(x, (f * gain).expand(c, 1, *f.shape), groups=c)
+    return x[:, :, ::dy, ::dx]
+
+
+def upfirdn2d(
+    x: Tensor,
+    f: Tensor | None,
+    *,
+    up: Pair = 1,
+    down: Pair = 1,
+    padding: int | tuple[int, ...] | list[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+) -> Tensor:
+    """Upsample x by zeros, pad, filter with f, downsample; dtype and memory format of x.
+
+    x [N, C, H, W]; f [A, B], [A] (separable, applied along both axes) or None (identity), a constant; up, down: int or
+    (x, y); padding in pixels after upsampling: int, (x, y) or (x0, x1, y0, y1), negative crops.
+    Output height: (H·up + y0 + y1 − A) // down + 1. Differentiable any number of times in x (f is not).
+    """
+    launch.check_images(x)
+    launch.check(f is None or f.ndim in (1, 2), "f must be a 1-d or 2-d filter, or None")
+    launch.backend()
+    return upfirdn2d_torch(x, f, up=up, down=down, padding=padding, flip_filter=flip_filter, gain=gain)
+
+
+def up_padding(taps: int) -> tuple[int, int]:
+    """(before, after) for upsampling by 2 so that the size exactly doubles: 4 taps → (2, 1)."""
+    return (taps + 1) // 2, (taps - 2) // 2
+
+
+def down_padding(taps: int) -> tuple[int, int]:
+    """(before, after) for downsampling by 2 so that the size exactly halves: 4 taps → (1, 1)."""
+    return (taps - 1) // 2, (taps - 2) // 2
+
+
+def _image_sides(f: Tensor, pads: tuple[int, int]) -> tuple[int, int, int, int]:
+    return (*pads(f.shape[-1]), *pads(f.shape[0]))
+
+
+def upsample2d_torch(x: Tensor, f: Tensor, *, gain: float = 1.0) -> Tensor:
+    """The definition of `upsample2d`."""
+    return upfirdn2d_torch(x, f, up=2, padding=_image_sides(f, up_padding), gain=4 * gain)
+
+
+def downsample2d_torch(x: Tensor, f: Tensor, *, gain: float = 1.0) -> Tensor:
+    """The definition of `downsample2d`."""
+    return upfirdn2d_torch(x, f, down=2, padding=_image_sides(f, down_padding), gain=gain)
+
+
+def upsample2d(x: Tensor, f: Tensor, *, gain: float = 1.0) -> Tensor:
+    """[N, C, H, W] → [N, C, 2H, 2W] with the filter f (sum 1): brightness is kept, the factor 4 is inside."""
+    return upfirdn2d(x, f, up=2, padding=_image_sides(f, up_padding), gain=4 * gain)
+
+
+def downsample2d(x: Tensor, f: Tensor, *, gain: float = 1.0) -> Tensor:
+    """[N, C, H, W] → [N, C, H//2, W//2] with the filter f (sum 1)."""
+    return upfirdn2d(x, f, down=2, padding=_image_sides(f, down_padding), gain=gain)
