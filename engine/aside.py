@@ -1,0 +1,36 @@
+"""Files appear whole or not at all: they are written aside, in the same folder, and then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hsrgan.engine.errors import UserError
+
+
+@contextlib.contextmanager
+def writable(path: Path, remedy: str = "free space there or name another folder") -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` into a `UserError` that says why and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; on success it is flushed to disk and takes `path`'s place in one step.
+
+    A crash or an error leaves the former `path`, if any, as it was. Raises `UserError` where the folder refuses.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writable(path):
+        try:
+            yield aside
+            with open(aside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""The curves of a run as one PNG: losses, regularisers and scores over thousands of images."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from hsrgan.engine.aside import written_aside
+
+PANELS = {"loss": "loss", "penalty": "regulariser", "score": "D's score"}  # panel: its vertical axis
+NOT_CURVES = frozenset({"kimg", "images", "seconds", "img_s", "ram_gib", "gpu_gib"})
+
+
+def draw_curves(rows: list[dict], path: Path) -> None:
+    """Draw the ticks of a run (`stats.read_log`) to `path`, one panel for each kind of scalar.
+
+    `loss/…` and `score/…` have panels of their own; every other scalar is taken for a regulariser (r1, path_length).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ticks = [row for row in rows if "event" not in row]
+    kimg = np.array([row["kimg"] for row in ticks])
+    panels: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for row in ticks for name in row if name not in NOT_CURVES):
+        kind = name.split("/")[0]
+        panels.setdefault(kind if kind in PANELS else "penalty", []).append(name)
+    if not panels:
+        return
+
+    figure = Figure(figsize=(9, 3 * len(panels)), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, kind in zip(figure.subplots(len(panels), squeeze=False)[:, 0], sorted(panels), strict=True):
+        curves = {name: np.array([_number(row.get(name)) for row in ticks]) for name in panels[kind]}
+        for name, values in curves.items():
+            there = np.isfinite(values)  # a lazy term is absent from ticks in which it did not run
+            marker = "." if there.sum() < 40 else None
+            axes.plot(kimg[there], values[there], label=name, linewidth=1.2, marker=marker)
+        _fit_height(axes, np.concatenate(list(curves.values())))
+        axes.set_ylabel(PANELS[kind])
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.set_xlabel("thousands of real images shown (kimg)")
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png")
+
+
+def _number(value: object) -> float:
+    """A logged value as a float; absent or null (not finite) as NaN."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _fit_height(axes, values: np.ndarray) -> None:
+    """Leave single spikes out of the frame: they would flatten everything else into a line."""
+    values = values[np.isfinite(values)]
+    if len(values) < 40:
+        return
+    low, high = np.percentile(values, [0.5, 99.5])
+    margin = 0.08 * (high - low) or 1.0
+    axes.set_ylim(low - margin, high + margin)

@@ -1,0 +1,94 @@
+"""Snapshots: the averaged generator as one .safetensors file, with all that is needed to use it as metadata.
+
+The file holds the generator's state dict in fp32 under the published StyleGAN2 keys. Its metadata (text → text):
+`format`, `generator` (JSON of the constructor's arguments), `recipe` (JSON of the resolved recipe), `kimg`, and
+`dataset` (JSON: class_names, resolution and so on). Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from hsrgan.engine.aside import written_aside
+from hsrgan.engine.errors import UserError
+from hsrgan.engine.model import Generator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+FORMAT = "hsrgan-snapshot-1"
+
+
+def save_snapshot(path: Path | str, generator: nn.Module, *, recipe_json: str, kimg: float, dataset: dict) -> None:
+    """Write `generator` (with `init_kwargs`) to `path`, whole or not at all.
+
+    recipe_json: the resolved recipe. dataset: JSON-able facts about the training images. Raises `UserError` where the
+    folder refuses.
+    """
+    metadata = {
+        "format": FORMAT,
+        "generator": json.dumps(generator.init_kwargs),
+        "recipe": recipe_json,
+        "kimg": repr(float(kimg)),
+        "dataset": json.dumps(dataset),
+    }
+    tensors = {key: _own_copy(value) for key, value in generator.state_dict().items()}
+    with written_aside(Path(path)) as aside:
+        save_file(tensors, aside, metadata)
+
+
+def _own_copy(value: torch.Tensor) -> torch.Tensor:
+    """fp32 on the CPU in memory of its own (safetensors refuses shared storage, such as one filter for all layers)."""
+    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def load_snapshot(path: Path | str) -> tuple[Generator, dict]:
+    """The generator of a snapshot, in eval mode, without gradients, on the CPU; and its metadata, parsed:
+    `format` str, `generator` dict, `recipe` dict, `kimg` float, `dataset` dict.
+
+    Raises `UserError` for a missing file, one that is not safetensors or is cut short, one that is not a snapshot,
+    and one whose tensors do not fit the configuration it names.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"snapshot {path}: no such file; give a .safetensors file from a run's snapshots folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("format") != FORMAT:
+                raise UserError(
+                    f"snapshot {path}: its format is {metadata.get('format', 'not stated')}, not {FORMAT}; "
+                    "give a file from a run's snapshots folder"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"snapshot {path}: not a whole safetensors file ({error}); copy or make it again") from error
+    try:
+        for key in ("generator", "recipe", "dataset"):
+            metadata[key] = json.loads(metadata[key])
+        metadata["kimg"] = float(metadata["kimg"])
+        generator = Generator(**metadata["generator"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"snapshot {path}: its metadata does not describe a generator ({error!r})") from error
+    _check_fit(path, generator.state_dict(), tensors)
+    generator.load_state_dict(tensors)
+    return generator.eval().requires_grad_(False), metadata
+
+
+def _check_fit(path: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors whose names or shapes are not exactly those of the generator in the metadata."""
+    wrong = [f"{key} is missing" for key in expected.keys() - found.keys()]
+    wrong += [f"{key} is not part of it" for key in found.keys() - expected.keys()]
+    wrong += [
+        f"{key} is {list(found[key].shape)}, not {list(expected[key].shape)}"
+        for key in expected.keys() & found.keys()
+        if found[key].shape != expected[key].shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"snapshot {path}: tensors do not fit the generator its metadata describes: {min(wrong)}{more}; "
+            "the file was put together from two models: save the snapshot again"
+        )
