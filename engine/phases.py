@@ -126,14 +126,14 @@ class GMain(Phase):
         adversarial = losses.logistic_g(logits)
         t.meter.add("loss/G", adversarial)
         t.meter.add("score/fake", logits)
-        if not weight:
-            yield adversarial
-            return
-        regulariser = t.g.module.heads.loss(
-            features, t.teacher(fakes), weights=hsr.weights_per_res, distance=hsr.distance, detach=hsr.detach
-        )
-        t.meter.add("loss/hsr", regulariser)
-        yield adversarial + weight * regulariser
+        if weight > 0:
+            targets = t.teacher(fakes.detach())
+            regulariser = t.g.module.heads.loss(
+                features, targets, weights=hsr.weights_per_res, distance=hsr.distance, detach=hsr.detach
+            )
+            t.meter.add("loss/hsr", regulariser)
+            adversarial = adversarial + weight * regulariser
+        yield adversarial
 
 
 class GReg(Phase):
@@ -149,9 +149,9 @@ class GReg(Phase):
         t, settings = self.training, self.training.recipe.path_length
         ws = t.styles(batch)
         fakes = t.generator.synthesis(ws, noise=t.noise(batch))
-        y = t.draws.directions(batch.stream, batch.positions, fakes.shape[1:])
+        y = t.draws.directions(batch.stream, batch.positions, fakes.shape[1:]) / fakes[0, 0].numel() ** 0.5
         lengths = losses.path_lengths(fakes, ws, y)
-        mean = t.pl_mean.lerp(lengths.mean(), settings.decay) if settings.parity else t.pl_mean
+        mean = losses.path_mean(t.pl_mean, lengths.mean(), settings.decay) if settings.parity else t.pl_mean
         penalty = losses.path_penalty(lengths, mean)
         t.add_to_mean("path_length", lengths)
         t.meter.add("path_length", lengths)
@@ -160,7 +160,7 @@ class GReg(Phase):
 
     def finish(self) -> None:
         t = self.training
-        t.pl_mean.lerp_(t.phase_mean("path_length"), t.recipe.path_length.decay)
+        t.pl_mean.copy_(losses.path_mean(t.pl_mean, t.phase_mean("path_length"), t.recipe.path_length.decay))
 
 
 class DMain(Phase):
@@ -186,7 +186,7 @@ class DMain(Phase):
 
     def finish(self) -> None:
         t = self.training
-        t.generator.mapping.update_w_avg(t.phase_mean("w"), t.recipe.generator.w_avg_beta)
+        t.generator.mapping.update_w_avg(t.phase_mean("w")[None], t.recipe.generator.w_avg_beta)
 
 
 class DReg(Phase):
@@ -203,13 +203,13 @@ class DReg(Phase):
 
 
 def build_phases(training: Training) -> list[Phase]:
-    """In StyleGAN2's order: Gmain, Greg, Dmain, Dreg; an interval of 0 leaves a lazy phase out."""
+    """In StyleGAN2's order: Gmain, Greg, Dmain, Dreg; a lazy phase of weight or interval 0 is left out."""
     recipe = training.recipe
     phases: list[Phase] = [GMain(training)]
-    if recipe.path_length.interval:
+    if recipe.path_length.active:
         phases.append(GReg(training, recipe.path_length.interval))
     phases.append(DMain(training))
-    if recipe.r1.interval:
+    if recipe.r1.active:
         phases.append(DReg(training, recipe.r1.interval))
     return phases
 

@@ -6,8 +6,8 @@ Read from top to bottom: the world, the recipe, the data, the networks, the engi
 from __future__ import annotations
 
 import copy
+import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ import torch
 import typer
 
 from hsrgan.engine import checkpoint, distributed
-from hsrgan.engine.config import Recipe, load_recipe, recipe_differences
+from hsrgan.engine.config import Data, Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
@@ -40,7 +40,8 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_path, overrides, world_size=world.size)
     world = distributed.world_from_environment(recipe.device)
     _check_writable(recipe.run_dir)
-    manifest = _dataset(recipe, world)
+    check_paths(recipe)
+    manifest = _dataset(recipe.data)
     resumed = _resume(recipe)
     generator, discriminator, heads, teacher = _networks(recipe, manifest, world)
     g_module, g_ema = GeneratorWithHeads(generator, heads), copy.deepcopy(generator).requires_grad_(False).eval()
@@ -78,14 +79,13 @@ def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> Non
         if images:
             log.message(f"resuming at {images / 1000:g} kimg")
         else:
+            log.reals(next(open_stream(manifest, seed=recipe.seed, start=0, global_batch=PICTURES))[0])
             log.fakes(out.pictures(), 0.0)
         for reals_uint8, real_c in stream:
             if images >= total:
                 break
-            if images == 0:
-                log.reals(reals_uint8[:PICTURES])
             reals = _to_float(reals_uint8, world.device)
-            real_c = real_c.to(world.device, non_blocking=True)
+            real_c = real_c[:, : t.generator.c_dim].to(world.device, non_blocking=True)
             step = images // batch
             for phase in phases:
                 if step % phase.interval == 0:
@@ -104,7 +104,7 @@ def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> Non
                 out.snapshot(images)
             if last or _crossed(recipe.checkpoint_kimg, seen, images):
                 out.checkpoint(images)
-        log.finish({**out.paths(), "log": Path(recipe.run_dir) / "log.jsonl"})
+        log.finish({"snapshot": out.snapshot_path(images)})
 
 
 def _crossed(every_kimg: float, before: int, after: int) -> bool:
@@ -128,23 +128,10 @@ def _check_writable(run_dir: str) -> None:
         raise UserError(f"run_dir {run_dir} cannot be written; change its permissions or choose another with run_dir=…")
 
 
-def _dataset(recipe: Recipe, world: distributed.World) -> Manifest:
-    data = recipe.data
+def _dataset(data: Data) -> Manifest:
     shards = data.shards or ensure_digits(Path("datasets") / f"digits-{data.resolution}", data.resolution, data.channels)
     manifest = load_manifest(shards)
-    wanted, found = (data.resolution, data.resolution), tuple(manifest.resolution)
-    if wanted != found:
-        raise UserError(
-            f"data.resolution is {data.resolution} but the shards in {manifest.root} hold {found[0]}×{found[1]} images; "
-            f"set data.resolution or pack again with tools/pack.py --resolution {data.resolution}"
-        )
-    if data.channels != manifest.channels:
-        raise UserError(
-            f"data.channels is {data.channels} but the shards in {manifest.root} hold {manifest.channels}; "
-            f"set data.channels or pack again with tools/pack.py --channels {data.channels}"
-        )
-    if data.labels and not manifest.num_classes:
-        raise UserError(f"data.labels is true but the shards in {manifest.root} have no labels; pack again with labels or set data.labels=false")
+    manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
     return manifest
 
 
@@ -153,11 +140,7 @@ def _resume(recipe: Recipe) -> checkpoint.Checkpoint | None:
     if not folders:
         return None
     found = checkpoint.read_checkpoint(folders[-1])
-    changed = recipe_differences(found.state["recipe"], recipe)
-    if changed:
-        raise UserError(
-            f"{found.path} was made with another {', '.join(changed)}; give the run its own run_dir, or name the checkpoint in init_from"
-        )
+    check_same_networks(json.dumps(found.state["recipe"]), recipe, checkpoint=found.path)
     return found
 
 
@@ -179,7 +162,7 @@ def _networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
         teacher = load_teacher(
             recipe.hsr.teacher, weights=recipe.hsr.weights, layers=recipe.hsr.layers, parity_normalize=recipe.hsr.parity_normalize
         ).to(world.device)
-        widths = {resolution: generator.synthesis.channels[resolution] for resolution in recipe.hsr.layers}
+        widths = {r: generator.synthesis.channels[r] for r in recipe.hsr.layers}
         heads = HSRHeads(widths, teacher.channels, hidden=recipe.hsr.hidden).to(world.device)
     return generator.to(world.device), discriminator.to(world.device), heads, teacher
 
@@ -198,7 +181,7 @@ def _training(recipe: Recipe, world: distributed.World, manifest: Manifest, g_mo
         g=shard(g_module, recipe.generator.lr, recipe.path_length.interval),
         d=shard(discriminator, recipe.discriminator.lr, recipe.r1.interval),
         teacher=teacher,
-        meter=Meter(),
+        meter=Meter(world.device),
         pl_mean=torch.zeros((), device=world.device),
     )
 
@@ -222,10 +205,14 @@ class Outputs:
 
     def snapshot(self, images: int) -> None:
         if self.t.world.first:
-            path = Path(self.t.recipe.run_dir) / "snapshots" / f"{images / 1000:09.2f}.safetensors"
-            dataset = {"resolution": list(self.manifest.resolution), "class_names": self.manifest.class_names, "sha256": self.manifest.sha256}
-            save_snapshot(path, self.g_ema, recipe_json=self.t.recipe.to_json(), kimg=images / 1000, dataset=dataset)
-            self._snapshot_path = path
+            manifest = self.manifest
+            facts = {"resolution": manifest.resolution, "class_names": manifest.class_names, "sha256": manifest.sha256}
+            path = self.snapshot_path(images)
+            path.parent.mkdir(exist_ok=True)
+            save_snapshot(path, self.g_ema, recipe_json=self.t.recipe.to_json(), kimg=images / 1000, dataset=facts)
+
+    def snapshot_path(self, images: int) -> Path:
+        return Path(self.t.recipe.run_dir) / "snapshots" / f"{images:09d}.safetensors"
 
     def checkpoint(self, images: int) -> None:
         checkpoint.write_checkpoint(
@@ -233,11 +220,11 @@ class Outputs:
             recipe=self.t.recipe.model_dump(mode="json"), keep=self.t.recipe.keep_checkpoints, rank=self.t.world.rank,
         )  # fmt: skip
 
-    def paths(self) -> dict[str, Path]:
-        run_dir = Path(self.t.recipe.run_dir)
-        return {"samples": run_dir / "samples", "curves": run_dir / "curves.png", "snapshots": run_dir / "snapshots"}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@app.command()
 def main(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Recipe keys to change, such as kimg=10 data.workers=0.")] = None,
@@ -249,4 +236,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
