@@ -9,6 +9,7 @@ A timm name may end in `@SIZE`, the input size in pixels: `vit_base_patch14_dino
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -127,8 +128,8 @@ def create_timm(model: str, **kwargs: object) -> nn.Module:
     import timm  # here and below: kernels and trainer work without timm's dependencies
 
     if not timm.is_model(model):
-        close = timm.list_models(f"*{model.split('.')[0].split('_patch')[0]}*")[:3]
-        hint = f"; close names: {', '.join(close)}" if close else ""
+        close = difflib.get_close_matches(model.split(".")[0], timm.list_models(), n=1)
+        hint = f": did you mean {close[0]}?" if close else ""
         raise UserError(f"teacher {model!r} is neither a timm model nor a .safetensors file{hint}")
     try:
         return timm.create_model(model, pretrained=False, **kwargs)
@@ -187,7 +188,7 @@ def _from_timm_name(name: str, weights: str | None
         try:
             net.set_input_size(size)  # resamples the position table; convolutional nets need nothing
         except Exception as error:
-            raise UserError(f"hsr.teacher {name!r} cannot take images of {size} pixels: {_one_line(error)}") from None
+            raise UserError(f"hsr.teacher {name!r} cannot take images of {size_text} pixels: {_one_line(error)}") from None
     return net, size, cfg["mean"], cfg["std"]
 
 
