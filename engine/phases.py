@@ -219,7 +219,8 @@ def _rounds(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_c:
     recipe, generator = t.recipe, t.generator
     per_rank = recipe.batch // phase.shrink // t.world.size
     count = per_rank // recipe.accumulation
-    order = interleaved(count, min(recipe.discriminator.mbstd_group_size, count))
+    # a phase on a part of the batch shows D nothing, so it has no minibatch-std groups to keep together
+    order = interleaved(count, min(recipe.discriminator.mbstd_group_size, count) if phase.shrink == 1 else 1)
     cutoff = t.draws.mixing_cutoff(phase.stream, images, generator.num_ws, recipe.generator.mixing_prob)
     for first in range(0, per_rank, count):
         rows = [first + row for row in order]
