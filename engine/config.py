@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.presets import PRESETS, preset_values
 from hsrgan.engine.recipe_file import (
@@ -21,7 +23,6 @@ from hsrgan.engine.recipe_file import (
     type_problem,
     unknown_keys,
 )
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Whole = Annotated[int, Field(ge=1)]
 WholeOrZero = Annotated[int, Field(ge=0)]
@@ -172,8 +173,8 @@ NETWORK_KEYS = (
     "generator.channel_max", "generator.architecture",
     "discriminator.channel_base", "discriminator.channel_max", "discriminator.architecture",
     "discriminator.mapping_layers",
+    "hsr", "hsr.teacher", "hsr.layers", "hsr.hidden",   # the heads
 )
-HEAD_KEYS = ("hsr", "hsr.teacher", "hsr.layers", "hsr.hidden")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, world_size: int = 1) -> Recipe:
@@ -321,14 +322,10 @@ def recipe_differences(a: Recipe | str, b: Recipe | str) -> list[str]:
     return sorted(differences(left, right, ()))
 
 
-def check_same_networks(saved: Recipe | str, recipe: Recipe, *, checkpoint: str | Path, heads: bool = True) -> None:
-    """Raise `UserError` when `checkpoint`, made under the recipe `saved`, has parameters of other shapes than `recipe`.
-
-    `heads` False leaves the HSR heads out, as for `init_from`, which loads only G, D and EMA G.
-    """
-    keys = NETWORK_KEYS + (HEAD_KEYS if heads else ())
+def check_same_networks(saved: Recipe | str, recipe: Recipe, *, checkpoint: str | Path) -> None:
+    """Raise `UserError` when `checkpoint`, made under the recipe `saved`, has parameters of other shapes."""
     for key in recipe_differences(saved, recipe):
-        if key in keys or (heads and key.startswith("hsr.layers.")):
+        if key in NETWORK_KEYS or key.startswith("hsr.layers."):
             was, now = (_value(x, key) for x in (saved, recipe))
             raise UserError(
                 f"checkpoint {checkpoint} was made with {key} = {was}, the recipe says {now}: "
