@@ -195,14 +195,18 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     try:
         recipe = Recipe.model_validate(source.values)
     except ValidationError as error:
-        problems = [type_problem(Recipe, e["loc"], e["input"], e["type"]) for e in error.errors(include_url=False)]
-        if source.get(("preset",)) is None and any(e["type"] == "missing" for e in error.errors(include_url=False)):
-            problems[-1] = (problems[-1][0], f"{problems[-1][1]} (a preset, as `preset: auto`, fills what is missing)")
-        source.fail(problems)
+        source.fail([_problem(e["loc"], e["input"], e["type"]) for e in error.errors()])
     problems = list(_inconsistencies(recipe, world_size))
     if problems:
         source.fail(problems)
     return recipe
+
+
+def _problem(path: KeyPath, value: Any, kind: str) -> tuple[KeyPath, str]:
+    where, text = type_problem(Recipe, path, value, kind)
+    if kind == "missing" and dotted(path) in preset_values("auto", resolution=256, world_size=1):
+        text += " or set preset: auto"      # with a preset set, none of these can be missing
+    return where, text
 
 
 def _fill(source: Source, world_size: int) -> None:

@@ -222,8 +222,9 @@ def unknown_key(model: type[BaseModel], path: KeyPath) -> str | None:
 def _nearest(model: type[BaseModel], wrong: KeyPath, siblings: list[str]) -> str:
     def likeness(known: KeyPath) -> float:
         name = difflib.SequenceMatcher(None, str(wrong[-1]), known[-1]).ratio()
-        whole = difflib.SequenceMatcher(None, dotted(wrong), dotted(known)).ratio()
-        return max(name, whole) + 0.2 * (known[:-1] == wrong[:-1])   # a neighbour is the likelier slip
+        if known[:-1] == wrong[:-1]:
+            return name + 0.2       # a neighbour is the likelier slip
+        return max(name, difflib.SequenceMatcher(None, dotted(wrong), dotted(known)).ratio())
 
     known = {*leaves(model), *((*wrong[:-1], s) for s in siblings)}
     best = max(map(likeness, known))
