@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.presets import PRESETS, preset_values
 from hsrgan.engine.recipe_file import (
@@ -21,7 +23,6 @@ from hsrgan.engine.recipe_file import (
     type_problem,
     unknown_keys,
 )
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Whole = Annotated[int, Field(ge=1)]
 WholeOrZero = Annotated[int, Field(ge=0)]
@@ -172,8 +173,8 @@ NETWORK_KEYS = (
     "generator.channel_max", "generator.architecture",
     "discriminator.channel_base", "discriminator.channel_max", "discriminator.architecture",
     "discriminator.mapping_layers",
+    "hsr", "hsr.teacher", "hsr.layers", "hsr.hidden",   # the heads
 )
-HEAD_KEYS = ("hsr", "hsr.teacher", "hsr.layers", "hsr.hidden")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, world_size: int = 1) -> Recipe:
@@ -194,14 +195,18 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     try:
         recipe = Recipe.model_validate(source.values)
     except ValidationError as error:
-        problems = [type_problem(Recipe, e["loc"], e["input"], e["type"]) for e in error.errors(include_url=False)]
-        if source.get(("preset",)) is None and any(e["type"] == "missing" for e in error.errors(include_url=False)):
-            problems[-1] = (problems[-1][0], f"{problems[-1][1]} (a preset, as `preset: auto`, fills what is missing)")
-        source.fail(problems)
+        source.fail([_problem(e["loc"], e["input"], e["type"]) for e in error.errors()])
     problems = list(_inconsistencies(recipe, world_size))
     if problems:
         source.fail(problems)
     return recipe
+
+
+def _problem(path: KeyPath, value: Any, kind: str) -> tuple[KeyPath, str]:
+    where, text = type_problem(Recipe, path, value, kind)
+    if kind == "missing" and dotted(path) in preset_values("auto", resolution=256, world_size=1):
+        text += " or set preset: auto"      # with a preset set, none of these can be missing
+    return where, text
 
 
 def _fill(source: Source, world_size: int) -> None:
@@ -321,14 +326,10 @@ def recipe_differences(a: Recipe | str, b: Recipe | str) -> list[str]:
     return sorted(differences(left, right, ()))
 
 
-def check_same_networks(saved: Recipe | str, recipe: Recipe, *, checkpoint: str | Path, heads: bool = True) -> None:
-    """Raise `UserError` when `checkpoint`, made under the recipe `saved`, has parameters of other shapes than `recipe`.
-
-    `heads` False leaves the HSR heads out, as for `init_from`, which loads only G, D and EMA G.
-    """
-    keys = NETWORK_KEYS + (HEAD_KEYS if heads else ())
+def check_same_networks(saved: Recipe | str, recipe: Recipe, *, checkpoint: str | Path) -> None:
+    """Raise `UserError` when `checkpoint`, made under the recipe `saved`, has parameters of other shapes."""
     for key in recipe_differences(saved, recipe):
-        if key in keys or (heads and key.startswith("hsr.layers.")):
+        if key in NETWORK_KEYS or key.startswith("hsr.layers."):
             was, now = (_value(x, key) for x in (saved, recipe))
             raise UserError(
                 f"checkpoint {checkpoint} was made with {key} = {was}, the recipe says {now}: "

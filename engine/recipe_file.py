@@ -14,13 +14,15 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
-from hsrgan.engine.errors import UserError
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from hsrgan.engine.errors import UserError
 
 KeyPath = tuple[Any, ...]   # ("hsr", "layers", 8); section and key names are str, resolutions int
 MAX_REPORTED = 5            # problems in one line; the others are counted
 MAX_DEPTH = 8               # of nesting; also ends a file whose alias contains itself
+TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "map", "seq")}
 
 
 class _Yaml12(yaml.SafeLoader):
@@ -83,7 +85,8 @@ class Source:
         """Raise one line with the place and the text of each problem."""
         lines = [f"{self.where(path)}: {text}" for path, text in problems[:MAX_REPORTED]]
         more = len(problems) - MAX_REPORTED
-        raise UserError("; ".join(lines) + (f"; and {more} more" if more > 0 else ""))
+        message = "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
+        raise UserError(" ".join(message.split()))      # an override may hold a line break
 
 
 def read_recipe_file(path: str | Path) -> Source:
@@ -133,6 +136,8 @@ def _parse(text: str, name: str, origins: dict[KeyPath, str], *, lines: bool = F
     def plain(node: yaml.Node, path: KeyPath) -> Any:
         if len(path) > MAX_DEPTH:
             refuse(node, f"nested more than {MAX_DEPTH} levels deep")
+        if node.tag not in TAGS:
+            refuse(node, f"a recipe has no values of type {node.tag}")
         if isinstance(node, yaml.SequenceNode):
             return [plain(item, (*path, i)) for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
@@ -159,7 +164,7 @@ def _parse(text: str, name: str, origins: dict[KeyPath, str], *, lines: bool = F
         raise UserError(f"{place}{line}: not valid YAML: {error.problem or error.context}") from None
     except UserError:
         raise
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError) as error:     # the last two: `!!int x`, `!!bool x`
         raise UserError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
         if loader is not None:
@@ -217,8 +222,9 @@ def unknown_key(model: type[BaseModel], path: KeyPath) -> str | None:
 def _nearest(model: type[BaseModel], wrong: KeyPath, siblings: list[str]) -> str:
     def likeness(known: KeyPath) -> float:
         name = difflib.SequenceMatcher(None, str(wrong[-1]), known[-1]).ratio()
-        whole = difflib.SequenceMatcher(None, dotted(wrong), dotted(known)).ratio()
-        return max(name, whole) + 0.2 * (known[:-1] == wrong[:-1])   # a neighbour is the likelier slip
+        if known[:-1] == wrong[:-1]:
+            return name + 0.2       # a neighbour is the likelier slip
+        return max(name, difflib.SequenceMatcher(None, dotted(wrong), dotted(known)).ratio())
 
     known = {*leaves(model), *((*wrong[:-1], s) for s in siblings)}
     best = max(map(likeness, known))
