@@ -264,14 +264,15 @@ class ShardWriter:
         }
         manifest = self._head | {"count": self.count, "labels": labels, "shards": [asdict(s) for s in self._shards]}
         with open(self._mark, "w", encoding="utf-8") as self._file:
-            json.dump(manifest, self._file, indent=1, ensure_ascii=False)
+            json.dump(manifest, self._file, indent=1)
             self._sync_and_close()
         os.replace(self._mark, self.folder / MANIFEST)
 
     def abort(self) -> None:
         """Remove everything this writer wrote."""
         if self._tar is not None:
-            self._file.close()
+            with contextlib.suppress(OSError), self._file:  # a full disk fails here once more
+                self._tar.close()
         self._remove_shards()
         self._mark.unlink(missing_ok=True)
 
