@@ -1,11 +1,13 @@
 """Ranks, and the two DeepSpeed engines of a GAN.
 
-One `Sharded` holds one network. The trainer takes its derivatives itself (`torch.autograd.grad`, any number of rounds, double backwards included) and
-hands the finished gradients over once per phase; DeepSpeed averages them over the ranks and steps the sharded Adam. So ZeRO 0–3 see the same
-single, ordinary backward, and every parameter has a gradient in every phase: zero where the phase does not use it, as in StyleGAN2's own training.
+One `Sharded` holds one network. The trainer takes its derivatives itself (`torch.autograd.grad`, any number of
+rounds, double backwards included) and hands the finished gradients over once per phase; DeepSpeed averages them over
+the ranks and steps the sharded Adam. So ZeRO 0–3 see the same single, ordinary backward, and every parameter has a
+gradient in every phase: zero where the phase does not use it, as in StyleGAN2's own training.
 
-ZeRO 3 partitions parameters between phases only (`gathered`): a GAN's phase differentiates twice through parameters that ZeRO 3 would have taken away
-between the two passes. Its saving is therefore in what lies between phases; the peak inside a phase is that of ZeRO 2.
+ZeRO 3 partitions parameters between phases only (`gathered`): a GAN's phase differentiates twice through parameters
+that ZeRO 3 would have taken away between the two passes. Its saving is therefore in what lies between phases; the
+peak inside a phase is that of ZeRO 2.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def world_from_environment(device: str = "auto") -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    return World(rank, size, local_rank, local_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"))
+    return World(
+        rank, size, local_rank, local_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    )
 
 
 def start(world: World) -> None:
@@ -87,8 +91,11 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def lazy_adam(parameters: Iterable[nn.Parameter], lr: float, beta1: float, beta2: float, eps: float, interval: int) -> torch.optim.Adam:
-    """The one Adam that a network's main and lazy phases share: lr·k/(k+1) and β^(k/(k+1)), k the lazy interval (0: no lazy phase, nothing scaled).
+def lazy_adam(
+    parameters: Iterable[nn.Parameter], lr: float, beta1: float, beta2: float, eps: float, interval: int
+) -> torch.optim.Adam:
+    """The one Adam that a network's main and lazy phases share: lr·k/(k+1) and β^(k/(k+1)), k the lazy interval (0:
+    no lazy phase, nothing scaled).
 
     Source: StyleGAN2 (arXiv 1912.04958), appendix B, "Lazy regularization".
     """
@@ -114,8 +121,8 @@ class _Deliver(torch.autograd.Function):
 class Sharded:
     """One network and its optimiser under a DeepSpeed engine.
 
-    module: its parameters must hold their starting values, all of them require gradients and none is 0-dim (DeepSpeed refuses those).
-    micro_batch: images per rank and round; DeepSpeed wants the number, nothing here depends on it.
+    module: its parameters must hold their starting values, all of them require gradients and none is 0-dim (DeepSpeed
+    refuses those). micro_batch: images per rank and round; DeepSpeed wants the number, nothing here depends on it.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Adam, *, zero_stage: int, micro_batch: int):
@@ -132,9 +139,12 @@ class Sharded:
             "steps_per_print": None,
             "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
         }
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
         if zero_stage == 3:
-            # The module's own gather hooks would take parameters away between inner and outer backward; `gathered` replaces them.
+            # The module's own gather hooks would take parameters away between inner and outer backward; `gathered`
+            # replaces them.
             self.engine.optimizer.parameter_offload._remove_module_hooks()
 
     @property
@@ -147,7 +157,9 @@ class Sharded:
         NaN becomes 0 and ±inf ±1e5, as in StyleGAN2's training, here before the ranks' mean.
         """
         finite = [
-            torch.zeros_like(parameter) if gradient is None else torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
+            torch.zeros_like(parameter)
+            if gradient is None
+            else torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
             for gradient, parameter in zip(gradients, self.parameters, strict=True)
         ]
         self.engine.backward(_Deliver.apply(finite, *self.parameters))
@@ -174,7 +186,9 @@ class Sharded:
         return int(next(iter(self._adam.state.values()))["step"])
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor], step: int) -> None:
-        """Set moments and step count from `optimizer_state()` of any number of ranks and any ZeRO stage. All ranks must call it."""
+        """Set moments and step count from `optimizer_state()` of any number of ranks and any ZeRO stage. All ranks
+        must call it.
+        """
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         # A step of lr 0 on zero gradients makes DeepSpeed create the state to be filled, and changes no parameter.

@@ -7,7 +7,8 @@ from torch import nn
 
 
 def ema_beta(batch: int, images: int, kimg: float, rampup: float | None) -> float:
-    """Decay of one step: 0.5^(batch / half-life), the half-life `kimg`·1000 images or, while the run is young, images·rampup.
+    """Decay of one step: 0.5^(batch / half-life), the half-life `kimg`·1000 images or, while the run is young,
+    images·rampup.
 
     images: seen before this step. Source: stylegan2-ada-pytorch's training loop.
     """

@@ -1,7 +1,9 @@
-"""The phases of a training step, as data: which network they step, how often, on what share of the batch, and their loss terms.
+"""The phases of a training step, as data: which network they step, how often, on what share of the batch, and their
+loss terms.
 
-StyleGAN2's four (arXiv 1912.04958): main and lazy path-length phases of G, main and lazy R1 phases of D. HSR (arXiv 2208.03764) is one term of G's
-main phase. A phase yields its loss terms one at a time, each a mean over its images, so that the graph of one is gone before the next is built.
+StyleGAN2's four (arXiv 1912.04958): main and lazy path-length phases of G, main and lazy R1 phases of D. HSR (arXiv
+2208.03764) is one term of G's main phase. A phase yields its loss terms one at a time, each a mean over its images,
+so that the graph of one is gone before the next is built.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class GeneratorWithHeads(nn.Module):
 
 @dataclass(frozen=True)
 class Round:
-    """One round of a phase on one rank: the numbers of its images in the run, their latents, and the reals at the same positions.
+    """One round of a phase on one rank: the numbers of its images in the run, their latents, and the reals at the
+    same positions.
 
     reals: [n, C, R, R] in [−1, 1], real_c [n, num_classes].
     cutoff: where style mixing takes the second z. images: seen before this step.
@@ -91,7 +94,9 @@ class Training:
 
 
 class Phase:
-    """name; network "G" or "D"; stream: which random numbers are its own; interval in steps; shrink: it works on the first 1/shrink of the global batch."""
+    """name; network "G" or "D"; stream: which random numbers are its own; interval in steps; shrink: it works on the
+    first 1/shrink of the global batch.
+    """
 
     name: str
     network: str
@@ -137,7 +142,9 @@ class GMain(Phase):
 
 
 class GReg(Phase):
-    """Path length regularisation (arXiv 1912.04958, eq. 4). The mean a is updated once a phase from all ranks' images."""
+    """Path length regularisation (arXiv 1912.04958, eq. 4). The mean a is updated once a phase from all ranks'
+    images.
+    """
 
     name, network, stream = "Greg", "G", 1
 
@@ -215,7 +222,9 @@ def build_phases(training: Training) -> list[Phase]:
 
 
 def _rounds(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_c: torch.Tensor) -> Iterator[Round]:
-    """This rank's part of the phase's global batch, which begins at position `images`, cut into the recipe's rounds of accumulation."""
+    """This rank's part of the phase's global batch, which begins at position `images`, cut into the recipe's rounds
+    of accumulation.
+    """
     recipe, generator = t.recipe, t.generator
     per_rank = recipe.batch // phase.shrink // t.world.size
     count = per_rank // recipe.accumulation
@@ -232,7 +241,8 @@ def _rounds(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_c:
 def run_phase(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_c: torch.Tensor) -> None:
     """Differentiate the phase's terms over all rounds, the other network frozen, and take one step of its own.
 
-    A lazy phase's loss is multiplied by its interval; rounds are averaged. reals [batch / ranks, C, R, R], the rank's slice of the global batch.
+    A lazy phase's loss is multiplied by its interval; rounds are averaged. reals [batch / ranks, C, R, R], the rank's
+    slice of the global batch.
     """
     net, other = (t.g, t.d) if phase.network == "G" else (t.d, t.g)
     other.module.requires_grad_(False)

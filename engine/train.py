@@ -1,6 +1,7 @@
 """Train StyleGAN2 + HSR:  deepspeed engine/train.py recipes/ffhq_1024.yaml [key=value …]
 
-Read from top to bottom: the world, the recipe, the data, the networks, the engines, the loop. Running the same command again resumes.
+Read from top to bottom: the world, the recipe, the data, the networks, the engines, the loop. Running the same
+command again resumes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import torch
 import typer
 
 from hsrgan.engine import checkpoint, distributed
+from hsrgan.engine.aside import writable
 from hsrgan.engine.config import Data, Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.ema import ema_beta, update_ema
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import user_errors
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
@@ -39,7 +41,7 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
     world = distributed.world_from_environment()
     recipe = load_recipe(recipe_path, overrides, world_size=world.size)
     world = distributed.world_from_environment(recipe.device)
-    _check_writable(recipe.run_dir)
+    _check_writable(Path(recipe.run_dir))
     check_paths(recipe)
     manifest = _dataset(recipe.data)
     resumed = _resume(recipe)
@@ -118,18 +120,18 @@ def _to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     return images.div_(127.5).sub_(1)
 
 
-def _check_writable(run_dir: str) -> None:
-    try:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        writable = os.access(run_dir, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir} cannot be made ({error.strerror}); choose another with run_dir=…") from None
-    if not writable:
-        raise UserError(f"run_dir {run_dir} cannot be written; change its permissions or choose another with run_dir=…")
+def _check_writable(run_dir: Path) -> None:
+    with writable(run_dir, "choose another with run_dir=…"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
 
 
 def _dataset(data: Data) -> Manifest:
-    shards = data.shards or ensure_digits(Path("datasets") / f"digits-{data.resolution}", data.resolution, data.channels)
+    shards = data.shards or ensure_digits(
+        Path("datasets") / f"digits-{data.resolution}", data.resolution, data.channels
+    )
     manifest = load_manifest(shards)
     manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
     return manifest
@@ -147,27 +149,31 @@ def _resume(recipe: Recipe) -> checkpoint.Checkpoint | None:
 def _networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
     """G, D, HSR heads and teacher on the rank's device; the same values on every rank."""
     torch.manual_seed(recipe.seed)
-    data, g, d, half = recipe.data, recipe.generator, recipe.discriminator, HALF[recipe.precision]
-    shape = {"c_dim": manifest.num_classes if data.labels else 0, "img_resolution": data.resolution, "img_channels": data.channels, "half_dtype": half}
-    generator = Generator(
-        z_dim=g.z_dim, w_dim=g.w_dim, mapping_layers=g.mapping_layers, channel_base=g.channel_base, channel_max=g.channel_max,
-        num_fp16_res=g.num_fp16_res, conv_clamp=g.conv_clamp, architecture=g.architecture, **shape,
-    )  # fmt: skip
-    discriminator = Discriminator(
-        channel_base=d.channel_base, channel_max=d.channel_max, num_fp16_res=d.num_fp16_res, conv_clamp=d.conv_clamp,
-        architecture=d.architecture, mbstd_group_size=d.mbstd_group_size, mapping_layers=d.mapping_layers, **shape,
-    )  # fmt: skip
+    data = recipe.data
+    shape = {
+        "c_dim": manifest.num_classes if data.labels else 0,
+        "img_resolution": data.resolution,
+        "img_channels": data.channels,
+        "half_dtype": HALF[recipe.precision],
+    }
+    generator = Generator(**recipe.generator.model_dump(exclude={"mixing_prob", "lr", "w_avg_beta"}), **shape)
+    discriminator = Discriminator(**recipe.discriminator.model_dump(exclude={"lr"}), **shape)
     heads = teacher = None
     if recipe.hsr:
         teacher = load_teacher(
-            recipe.hsr.teacher, weights=recipe.hsr.weights, layers=recipe.hsr.layers, parity_normalize=recipe.hsr.parity_normalize
+            recipe.hsr.teacher,
+            weights=recipe.hsr.weights,
+            layers=recipe.hsr.layers,
+            parity_normalize=recipe.hsr.parity_normalize,
         ).to(world.device)
         widths = {r: generator.synthesis.channels[r] for r in recipe.hsr.layers}
         heads = HSRHeads(widths, teacher.channels, hidden=recipe.hsr.hidden).to(world.device)
     return generator.to(world.device), discriminator.to(world.device), heads, teacher
 
 
-def _training(recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator, teacher) -> Training:
+def _training(
+    recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator, teacher
+) -> Training:
     adam, micro = recipe.adam, recipe.batch // world.size // recipe.accumulation
 
     def shard(module, lr: float, interval: int) -> distributed.Sharded:
@@ -198,10 +204,14 @@ class Outputs:
         """Samples of the averaged G from the run's fixed latents, [PICTURES, C, R, R] in [−1, 1]."""
         latents = self.t.draws.latents(GRID_STREAM, range(PICTURES), self.g_ema.z_dim)
         with torch.no_grad():
-            return torch.cat([
-                self.g_ema(z, c, noise_mode="const")
-                for z, c in zip(latents.z.split(self.t.recipe.batch), latents.c.split(self.t.recipe.batch), strict=True)
-            ]).cpu()
+            return torch.cat(
+                [
+                    self.g_ema(z, c, noise_mode="const")
+                    for z, c in zip(
+                        latents.z.split(self.t.recipe.batch), latents.c.split(self.t.recipe.batch), strict=True
+                    )
+                ]
+            ).cpu()
 
     def snapshot(self, images: int) -> None:
         if self.t.world.first:
@@ -227,7 +237,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Recipe keys to change, such as kimg=10 data.workers=0.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Recipe keys to change, such as kimg=10 data.workers=0.")
+    ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train a StyleGAN2 with HSR from a recipe. The same command again resumes the run."""

@@ -16,7 +16,11 @@ def test_draws_do_not_depend_on_the_split():
 def test_streams_seeds_and_positions_differ():
     cpu = torch.device("cpu")
     base = Draws(0, cpu).latents(0, [0], 64).z
-    for other in (Draws(1, cpu).latents(0, [0], 64), Draws(0, cpu).latents(1, [0], 64), Draws(0, cpu).latents(0, [1], 64)):
+    for other in (
+        Draws(1, cpu).latents(0, [0], 64),
+        Draws(0, cpu).latents(1, [0], 64),
+        Draws(0, cpu).latents(0, [1], 64),
+    ):
         assert (base - other.z).abs().min() > 0
     draws = Draws(0, cpu)
     assert not torch.equal(draws.noise(0, [0], 64), draws.directions(0, [0], (8, 8)).flatten(1))

@@ -21,6 +21,8 @@ def test_update_moves_parameters_and_copies_buffers():
         module.weight.fill_(3.0)
         module.running_mean.fill_(7.0)
     update_ema(average, module, 0.75)
-    assert torch.allclose(average.weight, torch.full((3,), 1.5)) and torch.equal(average.running_mean, module.running_mean)
+    assert torch.allclose(average.weight, torch.full((3,), 1.5)) and torch.equal(
+        average.running_mean, module.running_mean
+    )
     update_ema(average, module, 0.0)
     assert torch.equal(average.weight, module.weight)

@@ -28,12 +28,12 @@ checkpoint_kimg: 0.32
 image_kimg: 100.0
 snapshot_kimg: 100.0
 data: {builtin: digits, resolution: 16, channels: 1, labels: true, workers: 0}
-generator: {z_dim: 16, w_dim: 16, mapping_layers: 2, channel_base: 128, channel_max: 16, num_fp16_res: 0, conv_clamp: null, lr: 0.002}
-discriminator: {channel_base: 128, channel_max: 16, num_fp16_res: 0, conv_clamp: null, mbstd_group_size: 4, lr: 0.002, mapping_layers: 2}
+generator: {z_dim: 16, w_dim: 16, mapping_layers: 2, channel_base: 128, channel_max: 16, lr: 0.002}
+discriminator: {channel_base: 128, channel_max: 16, mbstd_group_size: 4, lr: 0.002, mapping_layers: 2}
 r1: {gamma: 1.0, interval: 4}
 path_length: {interval: 4}
 ema: {kimg: 0.5, rampup: null}
-hsr: {teacher: TEACHER, layers: {8: -1, 16: 0}, hidden: 32}
+HSR
 """
 
 
@@ -41,7 +41,7 @@ hsr: {teacher: TEACHER, layers: {8: -1, 16: 0}, hidden: 32}
 def workspace(tmp_path_factory):
     """A folder with the recipe; the digits are packed there by the first run."""
     folder = tmp_path_factory.mktemp("training")
-    recipe = RECIPE.replace("TEACHER", str(ROOT / "recipes" / "digits_teacher.safetensors")).replace("8: -1", f"8: {_last_layer()}")
+    recipe = RECIPE.replace("HSR", "")
     (folder / "recipe.yaml").write_text(recipe)
     return folder
 
@@ -53,7 +53,14 @@ def _last_layer() -> int:
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    world = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_SIZE": ranks,
+        "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1",
+    }
     # one thread each, so that the number of ranks does not change how a convolution is cut up
     return {**os.environ, **{key: str(value) for key, value in world.items()}, "OMP_NUM_THREADS": "1"}
 
@@ -68,7 +75,14 @@ def start(folder: Path, *overrides: str, ranks: int = 1) -> list[subprocess.Pope
     port = _free_port()
     command = [sys.executable, str(TRAIN), "recipe.yaml", *overrides]
     return [
-        subprocess.Popen(command, cwd=folder, env=_environment(rank, ranks, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=_environment(rank, ranks, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(ranks)
     ]
 
@@ -87,18 +101,29 @@ def last_checkpoint(run_dir: Path) -> Path:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {f"{file.stem}/{key}": value for file in checkpoint.glob("*.safetensors") for key, value in load_file(file).items()}
+    return {
+        f"{file.stem}/{key}": value
+        for file in checkpoint.glob("*.safetensors")
+        for key, value in load_file(file).items()
+    }
 
 
-def relative_difference(a: Path, b: Path, parts=("G", "D", "G_ema")) -> float:
-    """Largest over the networks of ‖a − b‖ / ‖b‖, all parameters of a network as one vector."""
-    first, second = tensors(a), tensors(b)
+BUFFERS = ("noise_const", "resample_filter")  # never trained: they would dilute a relative difference
+
+
+def relative_difference(a: Path, b: Path, part: str) -> float:
+    """‖a − b‖ / ‖b‖ over the trained tensors of one file of two checkpoints."""
+    first, second = load_file(a / f"{part}.safetensors"), load_file(b / f"{part}.safetensors")
     assert first.keys() == second.keys()
+    keys = [key for key in first if not key.endswith(BUFFERS)]
+    difference = sum((first[key].double() - second[key].double()).square().sum() for key in keys)
+    return float((difference / sum(second[key].double().square().sum() for key in keys)) ** 0.5)
 
-    def norm(part, values):
-        return sum(values[key].double().square().sum() for key in values if key.startswith(f"{part}/")) ** 0.5
 
-    return max(float(norm(part, {key: first[key] - second[key] for key in first}) / norm(part, second)) for part in parts)
+def assert_same_networks(a: Path, b: Path) -> None:
+    differences = {part: relative_difference(a, b, part) for part in ("G", "D", "G_ema", "G_adam", "D_adam")}
+    print(", ".join(f"{part} {value:.1e}" for part, value in differences.items()))
+    assert all(differences[part] < 1e-5 for part in ("G", "D", "G_ema"))
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +148,7 @@ SPLITS = [
 def test_any_split_trains_the_same_networks(workspace, reference, ranks, accumulation, stage):
     name = f"{ranks}-{accumulation}-{stage}".replace("=", "")
     split = train(workspace, f"run_dir={name}", accumulation, stage, ranks=ranks)
-    difference = relative_difference(split, reference)
-    print(f"{ranks} ranks, {accumulation}, {stage}: {difference:.1e}")
-    assert difference < 1e-5
+    assert_same_networks(split, reference)
 
 
 def test_training_moves_every_parameter(workspace, reference):
@@ -136,9 +159,13 @@ def test_training_moves_every_parameter(workspace, reference):
     start_ = read_checkpoint(train(workspace, "run_dir=first", "kimg=0.016", "checkpoint_kimg=0.016"))
     for part in ("G", "D", "G_ema"):
         for key, value in trained.tensors[part].items():
-            if not key.endswith(("noise_const", "resample_filter")):
+            if not key.endswith(BUFFERS):
                 assert not torch.equal(value, start_.tensors[part][key]), f"{part} {key} did not move"
-    assert trained.state["images"] == 320 and trained.state["adam_steps"] == {"G": 25, "D": 25} and trained.state["pl_mean"] > 0
+    assert (
+        trained.state["images"] == 320
+        and trained.state["adam_steps"] == {"G": 25, "D": 25}
+        and trained.state["pl_mean"] > 0
+    )
 
 
 def test_kill_and_resume_is_bitwise(workspace):
@@ -159,7 +186,7 @@ def test_kill_and_resume_is_bitwise(workspace):
     assert first.keys() == second.keys() and any("exp_avg_sq" in key for key in first)
     different = [key for key in first if not torch.equal(first[key], second[key])]
     assert not different
-    assert json.loads((straight / "state.json").read_text())["pl_mean"] == json.loads((resumed / "state.json").read_text())["pl_mean"]
+    assert (straight / "state.json").read_text() == (resumed / "state.json").read_text().replace("killed", "straight")
     lines = [json.loads(line) for line in (workspace / "killed" / "log.jsonl").read_text().splitlines()]
     kimgs = [line["kimg"] for line in lines if "loss/G" in line]
     assert kimgs == sorted(set(kimgs)) and kimgs[-1] == 0.64
@@ -169,7 +196,7 @@ def test_resume_with_other_ranks_and_stage(workspace):
     """A checkpoint of two ranks under ZeRO 3 goes on on one rank under ZeRO 1, as if nothing had changed."""
     train(workspace, "run_dir=moved", "zero_stage=3", ranks=2)
     moved = train(workspace, "run_dir=moved", "zero_stage=1", "kimg=0.64")
-    assert relative_difference(moved, train(workspace, "run_dir=stayed", "kimg=0.64")) < 1e-5
+    assert_same_networks(moved, train(workspace, "run_dir=stayed", "kimg=0.64"))
 
 
 def test_init_from_restarts_the_count(workspace, reference):
@@ -206,7 +233,8 @@ def test_user_mistakes_get_one_line(workspace, reference, tmp_path):
 
 def test_deepspeed_launches_the_recipe(workspace):
     """The README's launch line, two ranks, to the end, with what a run leaves behind."""
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port()), str(TRAIN), "recipe.yaml", "run_dir=launched", "kimg=0.064"]
+    launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port()), str(TRAIN)]
+    command = [*launch, "recipe.yaml", "run_dir=launched", "kimg=0.064"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
