@@ -188,7 +188,7 @@ def _from_timm_name(name: str, weights: str | None
         try:
             net.set_input_size(size)  # resamples the position table; convolutional nets need nothing
         except Exception as error:
-            raise UserError(f"hsr.teacher {name!r} cannot take images of {size_text} pixels: {_one_line(error)}") from None
+            raise UserError(f"hsr.teacher {name!r} cannot take images of {size_text} px: {_one_line(error)}") from None
     return net, size, cfg["mean"], cfg["std"]
 
 
