@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from hsrgan.engine.errors import UserError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 FORMAT = "hsrgan-teacher-1"
@@ -119,7 +119,8 @@ def save_teacher(path: str | Path, net: nn.Module, *, model: str, kwargs: Mappin
                 "input_size": json.dumps(list(input_size)), "mean": json.dumps(list(mean)),
                 "std": json.dumps(list(std))}
     aside = Path(f"{path}.tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, aside, metadata=metadata)
+    # as bytes: safetensors' own writer makes files that only their owner can read
+    aside.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, metadata))
     os.replace(aside, path)
 
 
@@ -188,7 +189,7 @@ def _from_timm_name(name: str, weights: str | None
         try:
             net.set_input_size(size)  # resamples the position table; convolutional nets need nothing
         except Exception as error:
-            raise UserError(f"hsr.teacher {name!r} cannot take images of {size_text} pixels: {_one_line(error)}") from None
+            raise UserError(f"hsr.teacher {name!r} cannot take images of {size_text} px: {_one_line(error)}") from None
     return net, size, cfg["mean"], cfg["std"]
 
 

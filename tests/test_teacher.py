@@ -144,7 +144,7 @@ def test_layer_out_of_range(vit_file, layers):
 
 def test_wrong_names_and_missing_files(tmp_path):
     for name, says in [("vit_tinny_patch16_224", "neither a timm model"), (str(tmp_path / "no.safetensors"), "exist"),
-                       (f"{VIT}@big", "size in pixels"), (f"{VIT}@8", "8 pixels")]:
+                       (f"{VIT}@big", "size in pixels"), (f"{VIT}@8", "8 px")]:
         with pytest.raises(UserError, match=says) as error:
             load_teacher(name, layers={8: 0}, weights=_weights(tmp_path) if "@8" in name else None)
         one_line(error)
