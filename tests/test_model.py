@@ -16,6 +16,15 @@ ARCHITECTURES = ("skip", "orig", "resnet")
 WIDTHS = {"channel_base": 128, "channel_max": 12}  # 12 channels at 4 and 8, 8 at 16
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small gain nothing from threads, and waiting threads cost minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_g(architecture="skip", c_dim=0, **kwargs):
     torch.manual_seed(1)
     return Generator(10, c_dim, 6, 16, 3, mapping_layers=2, architecture=architecture, **{**WIDTHS, **kwargs})
