@@ -9,6 +9,7 @@ import numpy as np
 from hsrgan.engine.aside import written_aside
 
 PANELS = {"loss": "loss", "penalty": "regulariser", "score": "D's score"}  # panel: its vertical axis
+MOST_POINTS = 500  # of one curve
 NOT_CURVES = frozenset({"kimg", "images", "seconds", "img_s", "ram_gib", "gpu_gib"})
 
 
@@ -36,7 +37,7 @@ def draw_curves(rows: list[dict], path: Path) -> None:
         for name, values in curves.items():
             there = np.isfinite(values)  # a lazy term is absent from ticks in which it did not run
             marker = "." if there.sum() < 40 else None
-            axes.plot(kimg[there], values[there], label=name, linewidth=1.2, marker=marker)
+            axes.plot(*thinned(kimg[there], values[there]), label=name, linewidth=1.2, marker=marker)
         _fit_height(axes, np.concatenate(list(curves.values())))
         axes.set_ylabel(PANELS[kind])
         axes.grid(alpha=0.3)
@@ -49,6 +50,16 @@ def draw_curves(rows: list[dict], path: Path) -> None:
 def _number(value: object) -> float:
     """A logged value as a float; absent or null (not finite) as NaN."""
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of equal runs of points, so that at most `MOST_POINTS` are left: more become a band that hides the rest."""
+    run = -(-len(x) // MOST_POINTS) or 1
+    starts = np.arange(0, len(x), run)
+    if run == 1:
+        return x, y
+    counts = np.diff(np.append(starts, len(x)))
+    return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
 def _fit_height(axes, values: np.ndarray) -> None:

@@ -70,7 +70,7 @@ def load_snapshot(path: Path | str) -> tuple[Generator, dict]:
             metadata[key] = json.loads(metadata[key])
         metadata["kimg"] = float(metadata["kimg"])
         generator = Generator(**metadata["generator"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"snapshot {path}: its metadata does not describe a generator ({error!r})") from error
     _check_fit(path, generator.state_dict(), tensors)
     generator.load_state_dict(tensors)

@@ -134,6 +134,7 @@ class RunLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._active:
             return
+        self._redraw()
         self._progress.stop()
         self._file.close()
         self._board.close()
@@ -164,8 +165,7 @@ class RunLog:
         self._window.append((now, images_seen))
         while len(self._window) > 2 and now - self._window[0][0] > RATE_SECONDS:
             self._window.popleft()
-        if self._console.is_terminal:
-            self._progress.update(self._task, completed=images_seen, description=self._status(), refresh=True)
+        self._redraw()
 
     def tick(self, images_seen: int, scalars: dict[str, float]) -> None:
         """Log `scalars` (means since the last tick) as one line of log.jsonl and to TensorBoard; redraw the curves.
@@ -206,6 +206,7 @@ class RunLog:
         """Say how long it took and where everything is: the run's own files, and `paths` (a name for each)."""
         if not self._active:
             return
+        self._redraw()
         self._progress.stop()
         self._draw_curves(due_only=False)
         done = self._images - self._start_images
@@ -215,6 +216,11 @@ class RunLog:
         own |= {"log": self.run_dir / "log.jsonl", "tensorboard": self.run_dir / "tensorboard"}
         for name, value in {"trained": rate, **own, **paths}.items():
             self.message(f"{name:<12} {value}")
+
+    def _redraw(self) -> None:
+        """The progress line, if there is a terminal and it has not been stopped."""
+        if self._progress.live.is_started:
+            self._progress.update(self._task, completed=self._images, description=self._status(), refresh=True)
 
     def _append(self, row: dict) -> None:
         with writable(self.run_dir / "log.jsonl"):

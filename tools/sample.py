@@ -1,0 +1,173 @@
+"""Pictures from a snapshot: `python tools/sample.py SNAPSHOT --seeds 0-63 --out DIR`."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from hsrgan.engine.aside import writable
+from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.model import Generator
+from hsrgan.engine.pictures import image_grid, save_png, to_uint8
+from hsrgan.engine.snapshot import load_snapshot
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+MAX_SEED = 2**32 - 1  # of NumPy's RandomState
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class Noise(str, enum.Enum):
+    """What is added in every synthesis layer."""
+
+    random = "random"
+    const = "const"
+    none = "none"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-3,10` → [0, 1, 2, 3, 10]. Raises `UserError` for anything else, and for seeds beyond 2³² − 1."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f"--seeds {text}: {part.strip()!r} is not a number or a range; write it like 0-63,100")
+        low, high = int(first), int(last or first)
+        if not low <= high <= MAX_SEED:
+            raise UserError(f"--seeds {text}: {part.strip()} must rise, and end at {MAX_SEED} or before")
+        seeds.extend(range(low, high + 1))
+    return seeds
+
+
+def draw(seeds: Sequence[int], generator: Generator) -> tuple[Tensor, Tensor]:
+    """z [N, z_dim] fp32 and a class for each [N] int64 (0 where the model has none), a function of the seed alone.
+
+    z is NVIDIA's: RandomState(seed).randn(1, z_dim). The class is uniform, the next draw of the same stream.
+    """
+    streams = [np.random.RandomState(seed) for seed in seeds]
+    z = np.concatenate([stream.randn(1, generator.z_dim) for stream in streams])
+    classes = [stream.randint(max(generator.c_dim, 1)) for stream in streams]
+    return torch.from_numpy(z).float(), torch.tensor(classes)
+
+
+def layer_noise(seeds: Sequence[int], generator: Generator) -> Tensor:
+    """[N, noise_size] fp32, a function of the seed alone: a sample does not depend on the others in its batch."""
+    size = generator.synthesis.noise_size
+    return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.inference_mode()
+def generate(
+    generator: Generator,
+    seeds: Sequence[int],
+    classes: Tensor | None = None,
+    *,
+    psi: float = 1.0,
+    cutoff: int | None = None,
+    noise_mode: str = "random",
+    batch: int = 16,
+) -> Tensor:
+    """The images of `seeds`, uint8 [N, C, R, R] on the CPU, made `batch` at a time where the generator lives.
+
+    classes: [N] int64; by default drawn from each seed. Shows progress.
+    """
+    device = next(generator.parameters()).device
+    images = []
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(show_speed=True)]
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("sampling", total=len(seeds))
+        for start in range(0, len(seeds), batch):
+            part = seeds[start : start + batch]
+            z, drawn = draw(part, generator)
+            chosen = drawn if classes is None else classes[start : start + batch]
+            c = torch.nn.functional.one_hot(chosen, generator.c_dim).float().to(device) if generator.c_dim else None
+            noise = layer_noise(part, generator).to(device) if noise_mode == "random" else None
+            image = generator(
+                z.to(device), c, truncation_psi=psi, truncation_cutoff=cutoff, noise_mode=noise_mode, noise=noise
+            )
+            images.append(to_uint8(image).cpu())
+            progress.advance(task, len(part))
+    return torch.cat(images)
+
+
+def place(generator: Generator) -> Generator:
+    """On the GPU where there is one, else on the CPU."""
+    return generator.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _rows_of_classes(label: str | None, generator: Generator, snapshot: Path) -> list[int | None]:
+    """The class of each row of the grid; one None where seeds choose their own class or the model has none."""
+    if label is None:
+        return [None]
+    if not generator.c_dim:
+        raise UserError(f"--label {label}: {snapshot} was trained without labels; leave --label out")
+    if label == "all":
+        return list(range(generator.c_dim))
+    if not label.isdecimal() or int(label) >= generator.c_dim:
+        raise UserError(f"--label {label}: {snapshot} has the classes 0 to {generator.c_dim - 1}; give one, or all")
+    return [int(label)]
+
+
+@app.command()
+def main(
+    snapshot: Annotated[Path, typer.Argument(help="A .safetensors file from a run's snapshots folder.")],
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0-63,100. One seed is one picture, always the same.")] = (
+        "0-63"
+    ),
+    psi: Annotated[float, typer.Option(help="Truncation: 1 = none, 0 = the average picture.")] = 1.0,
+    cutoff: Annotated[int | None, typer.Option(min=1, help="Truncate only this many ws, the coarsest.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="A class, or 'all': a row for each. By default each seed draws its class.")
+    ] = None,
+    noise: Annotated[Noise, typer.Option(help="Layer noise: drawn from the seed, the stored constant, or none.")] = (
+        Noise.const
+    ),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures; made if absent.")] = Path("samples"),
+    batch: Annotated[int, typer.Option(min=1, help="Images made at a time.")] = 16,
+    grid: Annotated[bool, typer.Option(help="Write all of them as grid.png.")] = True,
+    single: Annotated[bool, typer.Option(help="Write each as seed0000.png (seed0000-class3.png with --label).")] = True,
+) -> None:
+    """Make pictures from a snapshot alone.
+
+    Examples:
+
+      python tools/sample.py runs/quickstart/snapshots/latest.safetensors --seeds 0-63
+
+      python tools/sample.py model.safetensors --seeds 0-9 --label all --psi 0.7 --no-single --out digits
+    """
+    with user_errors():
+        if not grid and not single:
+            raise UserError("--no-grid with --no-single leaves nothing to write; drop one of them")
+        chosen_seeds = parse_seeds(seeds)
+        generator, metadata = load_snapshot(snapshot)
+        if cutoff is not None and cutoff > generator.num_ws:
+            raise UserError(f"--cutoff {cutoff}: {snapshot} has {generator.num_ws} ws; give 1 to {generator.num_ws}")
+        rows = _rows_of_classes(label, generator, snapshot)
+        with writable(out, "name another --out"):
+            out.mkdir(parents=True, exist_ok=True)
+
+        every_seed = [seed for _ in rows for seed in chosen_seeds]
+        classes = None if rows == [None] else torch.tensor(rows).repeat_interleave(len(chosen_seeds))
+        images = generate(
+            place(generator), every_seed, classes, psi=psi, cutoff=cutoff, noise_mode=noise.value, batch=batch
+        )
+        if single:
+            for i, (seed, image) in enumerate(zip(every_seed, images, strict=True)):
+                suffix = "" if classes is None else f"-class{classes[i]}"
+                save_png(image_grid(image[None], scale=1), out / f"seed{seed:04d}{suffix}.png")
+        if grid:
+            save_png(image_grid(images, cols=len(chosen_seeds) if len(rows) > 1 else None), out / "grid.png")
+        typer.echo(f"{len(images)} pictures of {snapshot} ({metadata['kimg']:g} kimg) in {out}")
+        names = metadata["dataset"].get("class_names")
+        if len(rows) > 1 and names:
+            typer.echo(f"rows of the grid: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    app()
