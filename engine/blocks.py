@@ -1,0 +1,145 @@
+"""One resolution of G and of D (StyleGAN2, 1912.04958, figures 2 and 7), and D's end at 4×4.
+
+A block's activations are half precision where it is given a `half_dtype`; its parameters are fp32 in any case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from hsrgan.engine.layers import Conv, Linear, SynthesisLayer, ToRGB, append_minibatch_std, register_filter
+from hsrgan.kernels import downsample2d
+from torch import Tensor, nn
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution of G: (b4 only: the learned constant,) up-convolution, convolution, residual, toRGB."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        w_dim: int,
+        resolution: int,
+        img_channels: int,
+        conv_clamp: float | None,
+        architecture: str,
+        is_last: bool,
+        half_dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.half_dtype = half_dtype
+        register_filter(self)
+        residual = architecture == "resnet" and in_channels > 0
+        layer = {"w_dim": w_dim, "resolution": resolution}
+        if in_channels == 0:
+            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+            self.conv0 = None
+        else:
+            self.conv0 = SynthesisLayer(in_channels, out_channels, up=2, clamp=conv_clamp, **layer)
+        gain = math.sqrt(0.5) if residual else 1.0
+        self.conv1 = SynthesisLayer(out_channels, out_channels, gain=gain, clamp=conv_clamp, **layer)
+        self.skip = Conv(in_channels, out_channels, 1, bias=False, up=2, gain=gain) if residual else None
+        self.torgb = None
+        if is_last or architecture == "skip":
+            self.torgb = ToRGB(out_channels, img_channels, w_dim=w_dim, clamp=conv_clamp)
+
+    @property
+    def layers(self) -> list[SynthesisLayer]:
+        """The convolutions in order: each takes one w and one noise."""
+        return [self.conv1] if self.conv0 is None else [self.conv0, self.conv1]
+
+    def forward(
+        self, x: Tensor | None, image: Tensor | None, ws: Sequence[Tensor], noises: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [N, in, r/2, r/2], image [N, C, r/2, r/2] → the same at r. ws: one per convolution, then toRGB's."""
+        dtype = self.half_dtype or self.conv1.weight.dtype
+        if x is None:
+            n = len(ws[0])
+            x = self.const.to(dtype).expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+            x = self.conv1(x, ws[0], noises[0])
+        else:
+            x = x.to(dtype)
+            residual = None if self.skip is None else self.skip(x)
+            x = self.conv0(x, ws[0], noises[0])
+            x = self.conv1(x, ws[1], noises[1])
+            if residual is not None:
+                x = x + residual
+        if self.torgb is not None:
+            image = self.torgb(x, ws[-1], image, self.taps)
+        return x, image
+
+
+class DiscriminatorBlock(nn.Module):
+    """One resolution of D, halving it: (fromrgb,) convolution, down-convolution, residual."""
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        img_channels: int,
+        conv_clamp: float | None,
+        architecture: str,
+        is_first: bool,
+        half_dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.half_dtype = half_dtype
+        self.pyramid = architecture == "skip"
+        register_filter(self)
+        self.fromrgb = Conv(img_channels, channels, 1, clamp=conv_clamp) if is_first or self.pyramid else None
+        residual = architecture == "resnet"
+        gain = math.sqrt(0.5) if residual else 1.0
+        self.conv0 = Conv(channels, channels, 3, clamp=conv_clamp)
+        self.conv1 = Conv(channels, out_channels, 3, down=2, gain=gain, clamp=conv_clamp)
+        self.skip = Conv(channels, out_channels, 1, bias=False, down=2, gain=gain) if residual else None
+
+    def forward(self, x: Tensor | None, img: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, C, r, r] (None at the top), img [N, img_channels, r, r] → x at r/2, and img at r/2 (`skip` only)."""
+        dtype = self.half_dtype or self.conv0.weight.dtype
+        if x is not None:
+            x = x.to(dtype)
+        if self.fromrgb is not None:
+            img = img.to(dtype)
+            x = self.fromrgb(img, residual=x)
+            if self.pyramid:
+                img = downsample2d(img, self.taps)
+        residual = None if self.skip is None else self.skip(x)
+        return self.conv1(self.conv0(x), residual=residual), img
+
+
+class DiscriminatorEpilogue(nn.Module):
+    """The 4×4 end of D, all fp32: minibatch std → 3×3 convolution → fully connected → logits."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        cmap_dim: int,
+        img_channels: int,
+        conv_clamp: float | None,
+        architecture: str,
+        mbstd_group_size: int,
+    ) -> None:
+        super().__init__()
+        self.mbstd_group_size = mbstd_group_size
+        self.fromrgb = Conv(img_channels, channels, 1) if architecture == "skip" else None
+        self.conv = Conv(channels + 1, channels, 3, clamp=conv_clamp)
+        self.fc = Linear(channels * 16, channels, act="lrelu")
+        self.out = Linear(channels, cmap_dim or 1)
+
+    def forward(self, x: Tensor, img: Tensor, cmap: Tensor | None) -> Tensor:
+        """x [N, C, 4, 4], img [N, img_channels, 4, 4] (`skip` only), cmap [N, cmap_dim] → logits [N, 1]."""
+        dtype = self.fc.weight.dtype
+        x = x.to(dtype)
+        if self.fromrgb is not None:
+            x = self.fromrgb(img.to(dtype), residual=x)
+        x = self.conv(append_minibatch_std(x, self.mbstd_group_size))
+        x = self.out(self.fc(x.flatten(1)))
+        if cmap is not None:
+            x = (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(cmap.shape[1])
+        return x

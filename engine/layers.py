@@ -1,0 +1,193 @@
+"""The layers G and D are made of (Karras et al., StyleGAN 1912.04958; equalised learning rate: 1710.10196).
+
+Every layer stores fp32 parameters drawn from N(0, 1) and applies its scale at run time; activations may be half
+precision. Parameter and buffer names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hsrgan.kernels import bias_act, conv2d, modulated_conv2d, to_rgb
+from torch import Tensor, nn
+
+# [1, 3, 3, 1] / 8: the resampling filter of every published StyleGAN2. Its outer square is what state dicts hold.
+TAPS = (0.125, 0.375, 0.375, 0.125)
+
+
+def normalize_2nd_moment(x: Tensor) -> Tensor:
+    """Scale each row of x [N, C] to unit mean square: x·rsqrt(mean(x²) + 1e-8)."""
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
+def register_filter(module: nn.Module) -> None:
+    """Give `module` the published buffer `resample_filter` [4, 4], and `taps` [4], its separable half, to compute with.
+
+    The kernels want the 1-d taps (8 multiplications a pixel in place of 16), so a file whose filter is another one
+    is refused at load instead of being ignored.
+    """
+    taps = torch.tensor(TAPS)
+    module.register_buffer("resample_filter", taps.outer(taps))
+    module.register_buffer("taps", taps, persistent=False)
+    module.register_load_state_dict_pre_hook(_refuse_other_filter)
+
+
+def _refuse_other_filter(module, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+    loaded = state_dict.get(f"{prefix}resample_filter")
+    own = module.resample_filter
+    if loaded is not None and loaded.shape == own.shape and not torch.allclose(loaded.to(own), own, atol=1e-6):
+        errors.append(f"{prefix}resample_filter is not the [1, 3, 3, 1] filter, the only one these layers compute")
+
+
+class Linear(nn.Module):
+    """Equalised fully connected layer: x [N, in] → act(x·(w·lr/√in)ᵀ + b·lr) [N, out].
+
+    The weight is stored as N(0, 1)/lr_multiplier, the bias as `bias_init`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, act: str = "linear", lr_multiplier: float = 1.0, bias_init=0.0
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full([out_features], float(bias_init)))
+        self.act = act
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        # both scales ride on the matrix product, so that no scaled copy of the weight is written
+        y = torch.addmm(self.bias, x, self.weight.t(), beta=self.bias_gain, alpha=self.weight_gain)
+        return y if self.act == "linear" else bias_act(y, act=self.act)
+
+
+class Conv(nn.Module):
+    """Equalised k×k convolution with resampling, bias, activation and clamp: x [N, in, h, w] → [N, out, h', w'].
+
+    `gain` multiplies the result (and the clamp), as the branches of a residual block need. A convolution without
+    bias is plain linear: its gain is folded into the weight, and nothing is clamped.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        bias: bool = True,
+        up: int = 1,
+        down: int = 1,
+        gain: float = 1.0,
+        clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        register_filter(self)
+        self.up, self.down = up, down
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2) * (1.0 if bias else gain)
+        self.act_gain = math.sqrt(2) * gain
+        self.clamp = None if clamp is None else clamp * gain
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual` [N, out, h', w'] is added last, after the clamp."""
+        weight = (self.weight * self.weight_gain).to(x.dtype)
+        resampled = self.up > 1 or self.down > 1
+        x = conv2d(x, weight, up=self.up, down=self.down, f=self.taps if resampled else None)
+        if self.bias is None:
+            return x
+        return bias_act(x, self.bias, act="lrelu", gain=self.act_gain, clamp=self.clamp, residual=residual)
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated, demodulated 3×3 convolution with noise, bias, lrelu and clamp: x [N, in, h, w], w [N, w_dim] →
+    [N, out, h·up, w·up].
+
+    `noise_strength` is held as [1], because DeepSpeed refuses 0-dim parameters, but is [] in state dicts, as published.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        w_dim: int,
+        resolution: int,
+        up: int = 1,
+        gain: float = 1.0,
+        clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.resolution, self.up = resolution, up
+        self.affine = Linear(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.noise_strength = nn.Parameter(torch.zeros(1))
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+        register_filter(self)
+        self.act_gain = math.sqrt(2) * gain
+        self.clamp = None if clamp is None else clamp * gain
+        self.register_state_dict_post_hook(_strength_to_scalar)
+        self.register_load_state_dict_pre_hook(_strength_from_scalar)
+
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
+        """noise [N, 1, h·up, w·up] or None for none."""
+        return modulated_conv2d(
+            x,
+            self.weight,
+            self.affine(w),
+            up=self.up,
+            f=self.taps if self.up > 1 else None,
+            noise=noise,
+            strength=None if noise is None else self.noise_strength,
+            bias=self.bias,
+            act="lrelu",
+            gain=self.act_gain,
+            clamp=self.clamp,
+        )
+
+
+def _strength_to_scalar(module, state_dict, prefix, local_metadata) -> None:
+    key = f"{prefix}noise_strength"
+    state_dict[key] = state_dict[key].reshape(())
+
+
+def _strength_from_scalar(module, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+    key = f"{prefix}noise_strength"
+    if key in state_dict and state_dict[key].ndim == 0:
+        state_dict[key] = state_dict[key].reshape(1)
+
+
+class ToRGB(nn.Module):
+    """Modulated 1×1 convolution to the image's channels, not demodulated, linear and clamped; added to the image."""
+
+    def __init__(self, in_channels: int, img_channels: int, *, w_dim: int, clamp: float | None = None) -> None:
+        super().__init__()
+        self.affine = Linear(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(img_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(img_channels))
+        self.style_gain = 1 / math.sqrt(in_channels)
+        self.clamp = clamp
+
+    def forward(self, x: Tensor, w: Tensor, image: Tensor | None, taps: Tensor) -> Tensor:
+        """x [N, in, r, r], w [N, w_dim], image [N, C, r/2, r/2] fp32 or None → image [N, C, r, r] fp32."""
+        style = self.affine(w) * self.style_gain
+        return to_rgb(x, self.weight, style, self.bias, clamp=self.clamp, image=image, f=taps)
+
+
+def append_minibatch_std(x: Tensor, group_size: int) -> Tensor:
+    """Append to x [N, C, h, w] one channel that holds the mean deviation within each group (1710.10196 §3).
+
+    Groups are strided: with G = min(group_size, N) and M = N/G, group n is the samples n, n+M, n+2M, …
+
+    Raises ValueError where G does not divide N.
+    """
+    n, _, h, w = x.shape
+    group = min(group_size, n)
+    if n % group:
+        raise ValueError(f"minibatch std: a batch of {n} cannot be cut into groups of {group} (mbstd_group_size)")
+    variance = x.unflatten(0, (group, n // group)).var(dim=0, correction=0)
+    std = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3))
+    std = std.repeat(group).view(n, 1, 1, 1).expand(n, 1, h, w)
+    return torch.cat([x, std.contiguous(memory_format=torch.channels_last)], dim=1)  # cat keeps a format all share
