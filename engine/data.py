@@ -9,6 +9,7 @@ starting at another position. One `pread` brings one sample.
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -227,9 +228,11 @@ def check_shards(manifest: Manifest) -> None:
 
 
 def _start_worker(_number: int) -> None:
-    # The main process alone decides what Ctrl-C and SIGTERM mean; workers inherit its handlers, and leave when it does.
+    # Ctrl-C reaches every process of a terminal, but the main one alone decides what it means; workers leave with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # What the fork inherited is never collected here: finalisers of the main process (of another stream, say) must
+    # not run in a worker, and untouched pages stay shared.
+    gc.freeze()
 
 
 def open_stream(
@@ -279,11 +282,14 @@ def open_stream(
 
 
 def _batches(items: Iterator, num_classes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for item in items:
-        if isinstance(item, UserError):
-            raise item
-        images, classes = item
-        labels = torch.zeros(len(classes), num_classes)
-        if num_classes:
-            labels[torch.arange(len(classes)), torch.tensor(classes)] = 1
-        yield images.permute(0, 3, 1, 2), labels
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            images, classes = item
+            labels = torch.zeros(len(classes), num_classes)
+            if num_classes:
+                labels[torch.arange(len(classes)), torch.tensor(classes)] = 1
+            yield images.permute(0, 3, 1, 2), labels
+    finally:
+        del items  # ends the workers now; the traceback of an error would keep them until it is collected

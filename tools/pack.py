@@ -122,7 +122,7 @@ def _classes_of_json(path: Path, raw: bytes, names: Sequence[str]) -> dict[str, 
         listed = {name.replace("\\", "/"): label for name, label in pairs}
     except (ValueError, TypeError, KeyError) as error:
         form = '{"labels": [["a.png", 3], …]}'
-        raise UserError(f"dataset.json in {path} is not of the form {form} ({error!r}): mend it, or remove it") from None
+        raise UserError(f"dataset.json in {path} is not of the form {form} ({error!r}): mend or remove it") from None
     for name in names:
         label = listed.get(name)
         if isinstance(label, bool) or not isinstance(label, int) or label < 0:
@@ -351,7 +351,6 @@ def pack(
     if format is not Format.png and quality is None:
         quality = 95
     check_target(dest, force=force)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it cleans up like Ctrl-C
     console = Console(stderr=True)
     recipe = Recipe(resolution, crop, resize, channels, format, quality)
     try:
@@ -380,5 +379,6 @@ def pack(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it cleans up like Ctrl-C
     with user_errors():
         app()
