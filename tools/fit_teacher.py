@@ -99,6 +99,13 @@ def _read_shards(path: Path, resolution: int) -> Images:
     return Images(torch.cat(pixels), torch.cat(labels).argmax(1) if manifest.num_classes else None)
 
 
+def hold_out(images: Images, seed: int) -> tuple[Images, Images]:
+    """The images to fit on and the fifth of them to judge by, drawn by seed."""
+    order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(seed))
+    kept = round(len(order) * (1 - HELD_OUT))
+    return images.part(order[:kept]), images.part(order[kept:])
+
+
 @dataclass(frozen=True)
 class Views:
     """How two views of one image may differ. rotation in degrees; mirror: left-right flips."""
@@ -164,8 +171,9 @@ def same_points(a: Tensor, b: Tensor, affine_a: Tensor, affine_b: Tensor, points
     homogeneous = torch.cat([at_b, torch.ones_like(at_b[..., :1])], 2)
     at_a = (homogeneous @ (torch.linalg.inv(affine_a) @ affine_b).transpose(1, 2))[..., :2]
     seen = at_a.abs().amax(2) < 0.9
-    found_a, found_b = (F.grid_sample(m, at[:, None], align_corners=False)[:, :, 0].transpose(1, 2)
-                        for m, at in ((a, at_a), (b, at_b)))
+    found_a, found_b = (  # "border": beyond the outermost cells' centres there is nothing to mix with
+        F.grid_sample(m, at[:, None], padding_mode="border", align_corners=False)[:, :, 0].transpose(1, 2)
+        for m, at in ((a, at_a), (b, at_b)))
     return found_a[seen], found_b[seen]
 
 
@@ -314,15 +322,13 @@ def main(
             net = create_timm(model, **kwargs)
 
         images = read_images(data, resolution)
-        order = torch.randperm(len(images.pixels), generator=torch.Generator().manual_seed(seed))
-        split = round(len(order) * (1 - HELD_OUT))
-        if split < 2 or split == len(order):
-            raise UserError(f"{data} holds {len(order)} images: give at least ten")
-        train, test = images.part(order[:split]), images.part(order[split:])
+        if len(images.pixels) < 10:
+            raise UserError(f"{data} holds {len(images.pixels)} images: give ten at least, better thousands")
+        train, test = hold_out(images, seed)
         pixels = train.unit().expand(-1, 3, -1, -1)
         mean = [round(v, 4) for v in pixels.mean((0, 2, 3)).tolist()]
         std = [max(round(v, 4), 1e-3) for v in pixels.std((0, 2, 3)).tolist()]
-        console.print(f"{len(order)} images, {split} of them to fit on; {model} of "
+        console.print(f"{len(images.pixels)} images, {len(train.pixels)} of them to fit on; {model} of "
                       f"{sum(p.numel() for p in net.parameters()):,} parameters at {resolution}x{resolution}")
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
