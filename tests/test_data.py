@@ -280,6 +280,16 @@ def test_workers_beside_openmp_end_with_the_program(manifest):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_workers_survive_a_ctrl_c_that_the_main_process_handles(manifest):
+    """So that a trainer can end its step and save when a terminal interrupts the whole group."""
+    stream = open_stream(manifest, workers=2)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    for _ in range(50):
+        next(stream)
+
+
 def test_ctrl_c_is_one_keyboard_interrupt_and_leaves_nobody(manifest):
     command = [sys.executable, "-c", TRAINING, manifest.root, "1000000000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as main:
