@@ -189,4 +189,5 @@ def append_minibatch_std(x: Tensor, group_size: int) -> Tensor:
         raise ValueError(f"minibatch std: a batch of {n} cannot be cut into groups of {group} (mbstd_group_size)")
     variance = x.unflatten(0, (group, n // group)).var(dim=0, correction=0)
     std = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3))
-    return torch.cat([x, std.repeat(group).view(n, 1, 1, 1).expand(n, 1, h, w)], dim=1)
+    std = std.repeat(group).view(n, 1, 1, 1).expand(n, 1, h, w)
+    return torch.cat([x, std.contiguous(memory_format=torch.channels_last)], dim=1)  # cat keeps a format all share

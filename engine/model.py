@@ -118,9 +118,10 @@ class Synthesis(nn.Module):
         self.resolutions = _resolutions(img_resolution)
         self.num_ws = 2 * len(self.resolutions)
         half_from = _half_from(img_resolution, num_fp16_res)
+        self.channels: dict[int, int] = {}  # of block b{r}'s features
         in_channels = 0
         for r in self.resolutions:
-            out_channels = _channels(r, channel_base, channel_max)
+            out_channels = self.channels[r] = _channels(r, channel_base, channel_max)
             block = SynthesisBlock(
                 in_channels,
                 out_channels,

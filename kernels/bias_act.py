@@ -13,6 +13,7 @@ from torch import Tensor
 
 SQRT2 = 2**0.5
 DEFAULT_GAIN = {"lrelu": SQRT2, "relu": SQRT2, "swish": SQRT2, "linear": 1.0, "tanh": 1.0, "sigmoid": 1.0}
+SLOPE = {"lrelu": 0.2, "relu": 0.0, "linear": 1.0}  # of the negative side: the piecewise linear activations
 
 
 def bias_act_torch(
@@ -31,9 +32,8 @@ def bias_act_torch(
 ) -> Tensor:
     """The definition of `bias_act`: one PyTorch call for each term of the equation, all in the dtype of x."""
     channels = (1, -1) + (1,) * (x.ndim - 2)
-    pairs = x.shape[:2] + (1,) * (x.ndim - 2)
     if demod is not None:
-        x = x * demod.to(x.dtype).reshape(pairs)
+        x = x * _pairs(demod, x)
     if noise is not None:
         x = x + (noise if strength is None else noise * strength).to(x.dtype)
     if bias is not None:
@@ -52,10 +52,84 @@ def bias_act_torch(
     if clamp is not None:
         x = x.clamp(-clamp, clamp)
     if next_style is not None:
-        x = x * next_style.to(x.dtype).reshape(pairs)
+        x = x * _pairs(next_style, x)
     if residual is not None:
         x = x + residual
     return x
+
+
+class _PiecewiseLinear(torch.autograd.Function):
+    """clamp(act(x·demod + noise·strength + bias)·gain, ±clamp) for lrelu, relu and linear.
+
+    These activations are homogeneous (act(p)·gain = act(p·gain) for gain > 0), so that the gain rides on demod,
+    strength and bias; and the sign and size of y tell all that a gradient needs. Only the first pass allocates.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias, demod, noise, strength, slope, gain, clamp):
+        shift = None if bias is None else (bias * gain).to(x.dtype).reshape((1, -1) + (1,) * (x.ndim - 2))
+        if demod is not None:
+            scale = _pairs(demod * gain, x)
+            y = x * scale if shift is None else torch.addcmul(shift, x, scale)
+        else:
+            y = x * gain if shift is None else torch.add(shift, x, alpha=gain)
+        if noise is not None:
+            y += (noise * (gain if strength is None else strength * gain)).to(x.dtype)
+        if slope != 1:
+            F.leaky_relu_(y, slope)
+        if clamp is not None:
+            y.clamp_(-clamp, clamp)
+        ctx.save_for_backward(None if demod is None else x, bias, demod, noise, strength, y)
+        ctx.slope, ctx.gain, ctx.clamp = slope, gain, clamp
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, bias, demod, noise, strength, y = ctx.saved_tensors
+        gain, images = ctx.gain, tuple(range(2, gy.ndim))
+        want_x, want_bias, want_demod, want_noise, want_strength, *_ = launch.wanted(ctx)
+        g = _ActivationGradient.apply(gy, y, ctx.slope, ctx.clamp)
+        gx = gbias = gdemod = gnoise = gstrength = None
+        if want_strength:
+            # with 1 as a second noise, one product gives the gradients of bias and strength
+            maps = noise.flatten(2).to(g.dtype).expand(len(g), -1, -1)
+            sums = torch.cat([torch.ones_like(maps), maps], dim=1) @ g.flatten(2).transpose(1, 2)
+            total, weighted = sums.sum(0) * gain
+            gstrength = weighted.sum().to(strength.dtype).reshape(strength.shape)
+        elif want_bias:
+            total = g.sum((0, *images)) * gain
+        if want_bias:
+            gbias = total.to(bias.dtype)
+        if want_noise:
+            gnoise = g.sum(1, keepdim=True).sum_to_size(noise.shape) * (gain if strength is None else strength * gain)
+            gnoise = gnoise.to(noise.dtype)
+        if want_demod:
+            gdemod = ((g * x).sum(images) * gain).to(demod.dtype)
+        if want_x:
+            scale = gain if demod is None else _pairs(demod * gain, g)
+            gx = g * scale if torch.is_grad_enabled() else g.mul_(scale)
+        return gx, gbias, gdemod, gnoise, gstrength, None, None, None
+
+
+class _ActivationGradient(torch.autograd.Function):
+    """gy, y → gy·(1 or slope by the sign of y)·(0 where y is clamped): linear in gy, constant in y but for jumps."""
+
+    @staticmethod
+    def forward(ctx, gy, y, slope, clamp):
+        ctx.save_for_backward(y)
+        ctx.slope, ctx.clamp = slope, clamp
+        g = gy.clone() if clamp is None else torch.ops.aten.hardtanh_backward(gy, y, -clamp, clamp)
+        return g if slope == 1 else torch.ops.aten.leaky_relu_backward.grad_input(g, y, slope, True, grad_input=g)
+
+    @staticmethod
+    def backward(ctx, gg):
+        (y,) = ctx.saved_tensors
+        return _ActivationGradient.apply(gg, y, ctx.slope, ctx.clamp), None, None, None
+
+
+def _pairs(t: Tensor, x: Tensor) -> Tensor:
+    """t [N, C] → [N, C, 1, …] in the dtype of x, to multiply x with."""
+    return t.to(x.dtype).reshape(t.shape + (1,) * (x.ndim - 2))
 
 
 def check_bias_act(
@@ -109,7 +183,13 @@ def bias_act(
     """
     check_bias_act(x, bias, demod, noise, strength, act, alpha, clamp, next_style, residual)
     launch.backend()
-    return bias_act_torch(
-        x, bias, demod=demod, noise=noise, strength=strength, act=act, alpha=alpha, gain=gain, clamp=clamp,
-        next_style=next_style, residual=residual,
-    )  # fmt: skip
+    gain = DEFAULT_GAIN[act] if gain is None else gain
+    if act not in SLOPE or gain <= 0:
+        return bias_act_torch(
+            x, bias, demod=demod, noise=noise, strength=strength, act=act, alpha=alpha, gain=gain, clamp=clamp,
+            next_style=next_style, residual=residual,
+        )  # fmt: skip
+    slope = SLOPE[act] if alpha is None else alpha
+    y = _PiecewiseLinear.apply(x, bias, demod, noise, strength, slope, gain, clamp)
+    y = y if next_style is None else y * _pairs(next_style, y)
+    return y if residual is None else y + residual

@@ -9,13 +9,19 @@
 ⋆ is PyTorch's convolution (a correlation with the stored weight); paddings are those of a 4-tap f.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from hsrgan.kernels import launch
 from hsrgan.kernels.upfirdn2d import (
     down_padding,
+    downsample2d,
     downsample2d_torch,
     up_padding,
+    upfirdn2d,
     upfirdn2d_torch,
+    upsample2d,
     upsample2d_torch,
 )
 from torch import Tensor
@@ -29,14 +35,73 @@ def conv2d_torch(x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Te
         return F.conv2d(x, weight, padding=k // 2)
     if k == 1:
         return upsample2d_torch(F.conv2d(x, weight), f) if up == 2 else F.conv2d(downsample2d_torch(x, f), weight)
-    taps = f.shape[-1]
     if up == 2:
-        before, after = up_padding(taps)
         x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-        return upfirdn2d_torch(x, f, padding=(before - 1, after, before - 1, after), gain=4)
-    before, after = down_padding(taps)
-    x = upfirdn2d_torch(x, f, padding=(before + 1, after + 1, before + 1, after + 1))
+        return upfirdn2d_torch(x, f, padding=_sides(f, up_padding, -1, 0), gain=4)
+    x = upfirdn2d_torch(x, f, padding=_sides(f, down_padding, 1, 1))
     return F.conv2d(x, weight, stride=2)
+
+
+def _sides(f: Tensor, pads: Callable[[int], tuple[int, int]], before: int, after: int) -> tuple[int, int, int, int]:
+    """`pads` for both axes of f, changed by what the 3×3 convolution itself pads (−) or crops (+)."""
+    (x0, x1), (y0, y1) = pads(f.shape[-1]), pads(f.shape[0])
+    return x0 + before, x1 + after, y0 + before, y1 + after
+
+
+class _Convolution(torch.autograd.Function):
+    """x, w → the convolution, or its transpose (w is [Cout, Cin, k, k], or [Cin, Cout, k, k] for the transpose).
+
+    Differentiable any number of times, because each gradient is one of these two Functions again. PyTorch's own second
+    derivative of a convolution turns the batch into channels, which is many times slower on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, stride, padding, transposed, output_padding):
+        ctx.save_for_backward(x, w)
+        ctx.stride, ctx.padding, ctx.transposed = stride, padding, transposed
+        return _aten_convolution(x, w, stride, padding, transposed, output_padding)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        s, p, k = ctx.stride, ctx.padding, w.shape[-1]
+        want_x, want_w, *_ = launch.wanted(ctx)
+        gx = gw = None
+        if want_x:
+            # rows that a strided convolution does not reach, which its transpose must still return
+            left_over = [0, 0] if ctx.transposed else [(n + 2 * p - k) % s for n in x.shape[2:]]
+            gx = _Convolution.apply(g, w, s, p, not ctx.transposed, left_over)
+        if want_w:
+            gw = _WeightGradient.apply(*((g, x) if ctx.transposed else (x, g)), k, s, p)
+        return gx, gw, None, None, None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """x [N, Cin, H, W], g [N, Cout, h, w] → Σ_n g ⋆ x [Cout, Cin, k, k]: the weight gradient of a convolution x → g."""
+
+    @staticmethod
+    def forward(ctx, x, g, k, stride, padding):
+        ctx.save_for_backward(x, g)
+        ctx.stride, ctx.padding = stride, padding
+        w = x.new_empty(g.shape[1], x.shape[1], k, k)  # read for its shape only
+        s, p = [stride] * 2, [padding] * 2
+        mask = [False, True, False]
+        return torch.ops.aten.convolution_backward(g, x, w, None, s, p, [1, 1], False, [0, 0], 1, mask)[1]
+
+    @staticmethod
+    def backward(ctx, gw):
+        x, g = ctx.saved_tensors
+        s, p, k = ctx.stride, ctx.padding, gw.shape[-1]
+        want_x, want_g, *_ = launch.wanted(ctx)
+        left_over = [(n + 2 * p - k) % s for n in x.shape[2:]]
+        gx = _Convolution.apply(g, gw, s, p, True, left_over) if want_x else None
+        gg = _Convolution.apply(x, gw, s, p, False, [0, 0]) if want_g else None
+        return gx, gg, None, None, None
+
+
+def _aten_convolution(x, w, stride, padding, transposed, output_padding):
+    s, p = [stride] * 2, [padding] * 2
+    return torch.ops.aten.convolution(x, w, None, s, p, [1, 1], transposed, output_padding, 1)
 
 
 def check_conv2d(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None) -> None:
@@ -59,4 +124,14 @@ def conv2d(x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor |
     """
     check_conv2d(x, weight, up, down, f)
     launch.backend()
-    return conv2d_torch(x, weight, up=up, down=down, f=f)
+    k, weight = weight.shape[-1], weight.to(x.dtype)
+    if down == 2 and k == 1:
+        x = downsample2d(x, f)
+    elif down == 2:
+        x = upfirdn2d(x, f, padding=_sides(f, down_padding, 1, 1))
+    if up == 2 and k == 3:
+        x = _Convolution.apply(x, weight.transpose(0, 1), 2, 0, True, [0, 0])
+        return upfirdn2d(x, f, padding=_sides(f, up_padding, -1, 0), gain=4)
+    stride, padding = (2, 0) if down == 2 and k == 3 else (1, k // 2)
+    x = _Convolution.apply(x, weight, stride, padding, False, [0, 0])
+    return upsample2d(x, f) if up == 2 else x

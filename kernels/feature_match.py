@@ -3,8 +3,8 @@
     hidden = √2·relu(w1 ⋆ x + b1);   prediction = resize(w2 ⋆ hidden + b2);   loss = distance(prediction, target)
 
 resize is the area resize (adaptive average pooling) to the target's grid. It is linear with weights that sum to one, so
-it commutes with the second convolution: the hidden map is pooled first when that shrinks it, and the prediction after when
-it does not.
+it commutes with the second convolution: the hidden map is pooled first when that shrinks it, and the prediction after
+when it does not.
 """
 
 import torch.nn.functional as F

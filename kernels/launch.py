@@ -1,9 +1,10 @@
-"""Which implementation an op runs, and how an op refuses its arguments."""
+"""Which implementation an op runs, which gradients it must compute, and how it refuses its arguments."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("torch",)
@@ -30,6 +31,23 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested = before
+
+
+def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:
+    """Inside a Function's backward: for each input of its forward, will anybody use the gradient?
+
+    ctx.needs_input_grad only says which inputs require grad: under R1's and path length's autograd.grad it asks for
+    every weight gradient although the engine throws them away. The engine tells which nodes it will run.
+    """
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    return [needed and _will_run(next(nodes)) for needed in ctx.needs_input_grad]
+
+
+def _will_run(node: torch.autograd.graph.Node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # raised for a leaf that autograd.grad was asked about
+        return True
 
 
 def check(ok: bool, message: str) -> None:

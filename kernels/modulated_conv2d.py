@@ -8,8 +8,8 @@ The right-hand form needs no weights per sample: scale the input, one shared con
 
 import torch
 from hsrgan.kernels import launch
-from hsrgan.kernels.bias_act import bias_act_torch
-from hsrgan.kernels.conv2d import check_conv2d, conv2d_torch
+from hsrgan.kernels.bias_act import bias_act, bias_act_torch
+from hsrgan.kernels.conv2d import check_conv2d, conv2d, conv2d_torch
 from torch import Tensor
 
 EPS = 1e-8
@@ -76,7 +76,8 @@ def modulated_conv2d(
     check_conv2d(x, weight, up, 1, f)
     launch.check_shape(style, "style", *x.shape[:2])
     launch.backend()
-    return modulated_conv2d_torch(
-        x, weight, style, up=up, f=f, demodulate=demodulate, noise=noise, strength=strength, bias=bias, act=act,
-        gain=gain, clamp=clamp,
-    )  # fmt: skip
+    if demodulate and x.dtype == torch.float16:
+        weight, style = normalize_for_half(weight, style)
+    demod = demodulation(weight, style) if demodulate else None
+    x = conv2d(x * style.to(x.dtype)[:, :, None, None], weight, up=up, f=f)
+    return bias_act(x, bias, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp)

@@ -53,6 +53,44 @@ def upfirdn2d_torch(
     return x[:, :, ::dy, ::dx]
 
 
+def _filter(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int], sides: tuple[int, ...]) -> Tensor:
+    """z filtered by convolution with f [A, B], by one depthwise (transposed) convolution where one of up, down is 1."""
+    c = x.shape[1]
+    (x0, x1, y0, y1), (b, a) = sides, (f.shape[1], f.shape[0])
+    if up == (1, 1):
+        if x0 != x1 or y0 != y1 or min(sides) < 0:
+            x, x0, y0 = F.pad(x, sides), 0, 0
+        weight = f.flip(0, 1).expand(c, 1, a, b)
+        return F.conv2d(x, weight, stride=down[::-1], padding=(y0, x0), groups=c)
+    if down == (1, 1):
+        # a transposed convolution gives every output that f touches: crop what lies beyond the padding asked for
+        crop = (b - 1 - x0, b - up[0] - x1, a - 1 - y0, a - up[1] - y1)
+        even = crop[0] == crop[1] and crop[2] == crop[3] and min(crop) >= 0
+        pad = (crop[2], crop[0]) if even else (0, 0)
+        y = F.conv_transpose2d(x, f.expand(c, 1, a, b), stride=up[::-1], padding=pad, groups=c)
+        return y if even else F.pad(y, [-side for side in crop])
+    return upfirdn2d_torch(x, f, up=up, down=down, padding=sides)
+
+
+class _UpFirDn(torch.autograd.Function):
+    """x → upfirdn2d(x). Its gradient exchanges up and down and mirrors the filter: an upfirdn2d again."""
+
+    @staticmethod
+    def forward(ctx, x, f, up, down, sides):
+        ctx.save_for_backward(f)
+        ctx.up, ctx.down, ctx.sides, ctx.size = up, down, sides, x.shape[2:]
+        return _filter(x, f, up, down, sides)
+
+    @staticmethod
+    def backward(ctx, g):
+        (f,) = ctx.saved_tensors
+        (ux, uy), (dx, dy), (x0, _, y0, _), (h, w) = ctx.up, ctx.down, ctx.sides, ctx.size
+        x1 = w * ux - g.shape[3] * dx + x0 - ux + 1
+        y1 = h * uy - g.shape[2] * dy + y0 - uy + 1
+        sides = (f.shape[1] - 1 - x0, x1, f.shape[0] - 1 - y0, y1)
+        return _UpFirDn.apply(g, f.flip(0, 1), ctx.down, ctx.up, sides), None, None, None, None
+
+
 def upfirdn2d(
     x: Tensor,
     f: Tensor | None,
@@ -72,7 +110,10 @@ def upfirdn2d(
     launch.check_images(x)
     launch.check(f is None or f.ndim in (1, 2), "f must be a 1-d or 2-d filter, or None")
     launch.backend()
-    return upfirdn2d_torch(x, f, up=up, down=down, padding=padding, flip_filter=flip_filter, gain=gain)
+    f = x.new_ones(1, 1) if f is None else f.detach()
+    f = f.outer(f) if f.ndim == 1 else f
+    f = ((f.flip(0, 1) if flip_filter else f) * gain).to(x)
+    return _UpFirDn.apply(x, f, _pair(up, "up"), _pair(down, "down"), _sides(padding))
 
 
 def up_padding(taps: int) -> tuple[int, int]:

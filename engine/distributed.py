@@ -1,0 +1,246 @@
+"""Ranks, and the two DeepSpeed engines of a GAN.
+
+One `Sharded` holds one network. The trainer takes its derivatives itself (`torch.autograd.grad`, any number of
+rounds, double backwards included) and hands the finished gradients over once per phase; DeepSpeed averages them over
+the ranks and steps the sharded Adam. So ZeRO 0–3 see the same single, ordinary backward, and every parameter has a
+gradient in every phase: zero where the phase does not use it, as in StyleGAN2's own training.
+
+ZeRO 3 partitions parameters between phases only (`gathered`): a GAN's phase differentiates twice through parameters
+that ZeRO 3 would have taken away between the two passes. Its saving is therefore in what lies between phases; the
+peak inside a phase is that of ZeRO 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank, world_size, and the device that it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def world_from_environment(device: str = "auto") -> World:
+    """Read what `deepspeed` or `torchrun` has set; a plain `python engine/train.py` is a world of one."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    return World(
+        rank, size, local_rank, local_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    )
+
+
+def start(world: World) -> None:
+    """Join the process group (NCCL on GPUs, gloo elsewhere) and share the cores among the ranks of this machine."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A faster all-reduce between CPU processes, compiled for half a minute at first use: not worth a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=datetime.timedelta(minutes=10), verbose=False)
+
+
+def stop() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+
+
+def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """All-reduced mean, in place."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value
+
+
+def lazy_adam(
+    parameters: Iterable[nn.Parameter], lr: float, beta1: float, beta2: float, eps: float, interval: int
+) -> torch.optim.Adam:
+    """The one Adam that a network's main and lazy phases share: lr·k/(k+1) and β^(k/(k+1)), k the lazy interval (0:
+    no lazy phase, nothing scaled).
+
+    Source: StyleGAN2 (arXiv 1912.04958), appendix B, "Lazy regularization".
+    """
+    ratio = interval / (interval + 1) if interval else 1.0
+    # beta1 = 0 stays 0; ** is safe for both
+    return torch.optim.Adam(parameters, lr=lr * ratio, betas=(beta1**ratio, beta2**ratio), eps=eps)
+
+
+class _Deliver(torch.autograd.Function):
+    """A scalar 0 whose gradient with respect to each parameter is the tensor given for it."""
+
+    @staticmethod
+    def forward(ctx, gradients, *parameters):
+        ctx.gradients = gradients
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, *gradients
+
+
+class Sharded:
+    """One network and its optimiser under a DeepSpeed engine.
+
+    module: its parameters must hold their starting values, all of them require gradients and none is 0-dim (DeepSpeed
+    refuses those). micro_batch: images per rank and round; DeepSpeed wants the number, nothing here depends on it.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Adam, *, zero_stage: int, micro_batch: int):
+        import deepspeed
+
+        self.names = [name for name, _ in module.named_parameters()]
+        self.parameters = list(module.parameters())
+        self.module, self.zero_stage = module, zero_stage
+        config = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0 and clips in silence
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": None,
+            "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        }
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        if zero_stage == 3:
+            # The module's own gather hooks would take parameters away between inner and outer backward; `gathered`
+            # replaces them.
+            self.engine.optimizer.parameter_offload._remove_module_hooks()
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        return self.engine.optimizer.optimizer if self.zero_stage else self.engine.optimizer
+
+    def step(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Average over ranks and take one Adam step. gradients: one per parameter, in order; None counts as zero.
+
+        NaN becomes 0 and ±inf ±1e5, as in StyleGAN2's training, here before the ranks' mean.
+        """
+        finite = [
+            torch.zeros_like(parameter)
+            if gradient is None
+            else torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
+            for gradient, parameter in zip(gradients, self.parameters, strict=True)
+        ]
+        self.engine.backward(_Deliver.apply(finite, *self.parameters))
+        self.engine.step()
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """Both Adam moments of every parameter in full, as `{moment}.{name}`, on every rank. All ranks must call it."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.zero_stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        state = {}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for moment in MOMENTS:
+                if self.zero_stage == 0:
+                    value = self._adam.state[parameter][moment]
+                else:
+                    value = safe_get_full_optimizer_state(parameter, moment)
+                state[f"{moment}.{name}"] = value.detach().view(_full_shape(parameter)).cpu().clone()
+        return state
+
+    def optimizer_step(self) -> int:
+        """Adam's count of steps."""
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    def load_optimizer_state(self, state: dict[str, torch.Tensor], step: int) -> None:
+        """Set moments and step count from `optimizer_state()` of any number of ranks and any ZeRO stage. All ranks
+        must call it.
+        """
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        # A step of lr 0 on zero gradients makes DeepSpeed create the state to be filled, and changes no parameter.
+        groups = self._adam.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
+        with gathered(self):
+            shapes = [parameter.shape for parameter in self.parameters]
+            finite = [torch.zeros_like(parameter) for parameter in self.parameters]
+            self.engine.backward(_Deliver.apply(finite, *self.parameters))
+        self.engine.step()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        if self.zero_stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+        for name, parameter, shape in zip(self.names, self.parameters, shapes, strict=True):
+            for moment in MOMENTS:
+                value = state[f"{moment}.{name}"].view(shape).to(parameter.device)
+                if self.zero_stage == 0:
+                    self._adam.state[parameter][moment].copy_(value)
+                elif self.zero_stage == 3:
+                    safe_set_local_optimizer_state(parameter, _shard(value, parameter), moment)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+        for entry in self._adam.state.values():
+            entry["step"] = torch.full_like(entry["step"], step) if torch.is_tensor(entry["step"]) else step
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _shard(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's slice of a ZeRO 3 parameter's flattened value, zero-padded to equal lengths."""
+    size = parameter.ds_tensor.numel()
+    first = size * torch.distributed.get_rank()
+    flat = value.new_zeros(size)
+    mine = value.flatten()[first : first + size]
+    flat[: mine.numel()] = mine
+    return flat
+
+
+@contextlib.contextmanager
+def gathered(*networks: Sharded) -> Iterator[None]:
+    """All parameters of these networks are whole inside; does nothing below ZeRO 3."""
+    sharded = [parameter for network in networks if network.zero_stage == 3 for parameter in network.parameters]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield

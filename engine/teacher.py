@@ -1,0 +1,250 @@
+"""The frozen feature extractor of HSR: any timm backbone, with its own input size and statistics.
+
+Three ways to name one:
+- a file made by tools/fit_teacher.py (.safetensors whose metadata says which timm model it is);
+- a timm name, whose published weights timm finds in its cache or downloads;
+- a timm name and a weights file (.safetensors, or .pth of plain tensors; nothing is unpickled).
+A timm name may end in `@SIZE`, the input size in pixels: `vit_base_patch14_dinov2.lvd142m@224` is fed 224, not its 518.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from hsrgan.engine.errors import UserError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+FORMAT = "hsrgan-teacher-1"
+# What the code released with HSR normalises with: CLIP's mean beside ImageNet's standard deviation.
+PARITY_MEAN, PARITY_STD = (0.48145466, 0.4578275, 0.40821073), (0.229, 0.224, 0.225)
+# Arguments of timm.create_model that make it read or fetch other files; none may come out of a teacher file.
+_FILE_KWARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
+class Teacher(nn.Module):
+    """φ: images → feature maps of chosen layers, frozen and always in eval mode.
+
+    net: a timm model; layers {r: index, 0-based, of a block (token models) or of a stage (convolutional ones)};
+    input_size (h, w); mean, std of the images in [0, 1], one value per input channel of net.
+    channels {r: C_t} and grids {r: (h, w)} say what comes out. Raises UserError for a layer that net lacks.
+    """
+
+    def __init__(self, net: nn.Module, layers: Mapping[int, int], input_size: tuple[int, int],
+                 mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        norm, pooled_norm = getattr(net, "norm", None), getattr(net, "fc_norm", None)
+        if isinstance(norm, nn.Identity) and isinstance(pooled_norm, nn.LayerNorm):
+            net.norm = pooled_norm  # models that average the tokens keep their final norm behind the average
+        self.net = net.requires_grad_(False)
+        self.layers = dict(sorted(layers.items()))
+        self.indices = sorted(set(self.layers.values()))
+        self.input_size = tuple(input_size)
+        mean_c, std_c = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        # ((x + 1)/2 − mean)/std as one multiply-add: x·scale + shift
+        self.register_buffer("scale", (0.5 / std_c).float().view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", ((0.5 - mean_c) / std_c).float().view(1, -1, 1, 1), persistent=False)
+        self.train(False)
+        maps = self._probe()
+        self.channels = {r: m.shape[1] for r, m in maps.items()}
+        self.grids = {r: tuple(m.shape[2:]) for r, m in maps.items()}
+
+    def _probe(self) -> dict[int, Tensor]:
+        if not self.layers or self.indices[0] < 0:
+            raise UserError(f"hsr.layers is {self.layers}: name at least one layer, counted from 0")
+        try:
+            return self(torch.zeros(1, self.scale.shape[1], *self.input_size))
+        except AssertionError as error:  # timm's word for an index past the last layer; it names the range
+            raise UserError(f"hsr.layers: {error}; choose layers of this teacher, counted from 0") from None
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode, whatever the module that holds it does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, img: Tensor) -> dict[int, Tensor]:
+        """img [N, C, H, W] in [−1, 1], any size, C = 1 or the teacher's → {r: [N, C_t, h, w]}; no gradient passes.
+
+        Area-resized (adaptive average pooling) to input_size. Token models give their patch tokens, without class or
+        register tokens, after the network's final norm; convolutional ones their map, normed where such a norm exists.
+        """
+        x = img.to(self.scale.dtype)
+        if x.shape[2:] != self.input_size:
+            x = F.adaptive_avg_pool2d(x, self.input_size)
+        if x.shape[1] not in (1, self.scale.shape[1]):
+            raise ValueError(f"img has {x.shape[1]} channels; the teacher takes 1 or {self.scale.shape[1]}")
+        x = x * self.scale + self.shift  # a grey image is repeated by broadcasting
+        maps = self.net.forward_intermediates(x, indices=self.indices, norm=True, stop_early=True,
+                                              output_fmt="NCHW", intermediates_only=True)
+        by_index = dict(zip(self.indices, maps, strict=True))
+        return {r: by_index[index] for r, index in self.layers.items()}
+
+
+def load_teacher(name_or_file: str, *, weights: str | None = None, layers: Mapping[int, int],
+                 parity_normalize: bool = False) -> Teacher:
+    """The teacher of a recipe's hsr.teacher, hsr.weights and hsr.layers, on the CPU in fp32.
+
+    parity_normalize: the released HSR code's mixture of two networks' statistics instead of the teacher's own.
+    Raises UserError: no such model or file, a damaged file, weights of another architecture, no such layer.
+    """
+    if name_or_file.endswith(".safetensors"):
+        if weights is not None:
+            raise UserError(f"hsr.weights goes with a timm name; {name_or_file} holds its own: leave hsr.weights out")
+        net, size, mean, std = _from_teacher_file(Path(name_or_file))
+    elif Path(name_or_file).is_file():
+        raise UserError(f"hsr.teacher {name_or_file} is a weights file: put the timm name in hsr.teacher and the file "
+                        "in hsr.weights")
+    else:
+        net, size, mean, std = _from_timm_name(name_or_file, weights)
+    if parity_normalize:
+        mean, std = PARITY_MEAN, PARITY_STD
+    return Teacher(net, layers, size, mean, std)
+
+
+def save_teacher(path: str | Path, net: nn.Module, *, model: str, kwargs: Mapping[str, object],
+                 input_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], command: str) -> None:
+    """Write net, made by timm.create_model(model, **kwargs), as a teacher file: aside first, then renamed.
+
+    command: how the file was made, kept as metadata for whoever wants to make it again.
+    """
+    metadata = {"format": FORMAT, "model": model, "kwargs": json.dumps(dict(kwargs)), "command": command,
+                "input_size": json.dumps(list(input_size)), "mean": json.dumps(list(mean)),
+                "std": json.dumps(list(std))}
+    aside = Path(f"{path}.tmp")
+    # as bytes: safetensors' own writer makes files that only their owner can read
+    aside.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, metadata))
+    os.replace(aside, path)
+
+
+def create_timm(model: str, **kwargs: object) -> nn.Module:
+    """timm.create_model without weights; UserError when timm knows no such model or refuses the arguments."""
+    import timm  # here and below: kernels and trainer work without timm's dependencies
+
+    if not timm.is_model(model):
+        close = difflib.get_close_matches(model.split(".")[0], timm.list_models(), n=1)
+        hint = f": did you mean {close[0]}?" if close else ""
+        raise UserError(f"teacher {model!r} is neither a timm model nor a .safetensors file{hint}")
+    try:
+        return timm.create_model(model, pretrained=False, **kwargs)
+    except Exception as error:  # timm raises whatever its constructors do
+        raise UserError(f"timm cannot build teacher {model!r} with {kwargs}: {_one_line(error)}") from None
+
+
+def _from_teacher_file(path: Path) -> tuple[nn.Module, tuple[int, int], Sequence[float], Sequence[float]]:
+    state, metadata = _read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"hsr.teacher {path} is no teacher file (its format is {metadata.get('format')!r}, not "
+                        f"{FORMAT!r}): make one with tools/fit_teacher.py, or give a timm name with this file as "
+                        "hsr.weights")
+    try:
+        model, kwargs = metadata["model"], json.loads(metadata["kwargs"])
+        size, mean, std = (json.loads(metadata[k]) for k in ("input_size", "mean", "std"))
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"hsr.teacher {path}: unreadable metadata ({_one_line(error)}): make the file again with "
+                        "tools/fit_teacher.py") from None
+    if refused := sorted(_FILE_KWARGS & kwargs.keys()):
+        raise UserError(f"hsr.teacher {path}: its metadata passes {refused} to timm, which a teacher file must not")
+    net = create_timm(model, **kwargs)
+    _load_strictly(net, state, path, model, classifier=())
+    return net, tuple(size), mean, std
+
+
+def _from_timm_name(name: str, weights: str | None
+                    ) -> tuple[nn.Module, tuple[int, int], Sequence[float], Sequence[float]]:
+    import timm
+
+    model, _, size_text = name.partition("@")
+    if size_text and not size_text.isdecimal():
+        raise UserError(f"hsr.teacher {name!r}: after @ comes the input size in pixels, such as @224")
+    # The model keeps its own classifier until the weights are in: another num_classes would turn strictness off.
+    net = create_timm(model)
+    cfg = net.pretrained_cfg
+    if weights is None:
+        try:
+            net = timm.create_model(model, pretrained=True)
+        except Exception as error:  # no weights published, no network, a damaged cache: many types, one meaning
+            raise UserError(f"hsr.teacher {model!r}: timm could not get its weights ({_one_line(error)}): set "
+                            "hsr.weights to a file that holds them") from None
+    else:
+        path = Path(weights)
+        state = _read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_pth(path)
+        convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+        if convert is not None and state.keys() != net.state_dict().keys():
+            try:
+                state = convert(state, net)  # timm's reading of the original authors' key names
+            except Exception as error:
+                raise _wrong_architecture(path, model, _one_line(error)) from None
+        classifier = cfg.get("classifier") or ()
+        _load_strictly(net, state, path, model, (classifier,) if isinstance(classifier, str) else tuple(classifier))
+    size = (int(size_text),) * 2 if size_text else tuple(cfg["input_size"][1:])
+    if size != tuple(cfg["input_size"][1:]) and hasattr(net, "set_input_size"):
+        try:
+            net.set_input_size(size)  # resamples the position table; convolutional nets need nothing
+        except Exception as error:
+            raise UserError(f"hsr.teacher {name!r} cannot take images of {size_text} px: {_one_line(error)}") from None
+    return net, size, cfg["mean"], cfg["std"]
+
+
+def _load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: Path, model: str,
+                   classifier: tuple[str, ...]) -> None:
+    """Load every tensor but the classifier's, whose keys may be there or not; anything else amiss is a UserError."""
+    def backbone(keys: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for k, v in keys.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
+
+    want, have = backbone(net.state_dict()), backbone(state)
+    if missing := [k for k in want if k not in have]:
+        raise _wrong_architecture(path, model, f"it lacks {len(missing)} of {len(want)} tensors, first {missing[0]}")
+    if extra := [k for k in have if k not in want]:
+        raise _wrong_architecture(path, model, f"{len(extra)} tensors are none of the model's, first {extra[0]}")
+    for k, v in want.items():
+        if v.shape != have[k].shape:
+            raise _wrong_architecture(path, model, f"{k} is {list(have[k].shape)} there and {list(v.shape)} here")
+    net.load_state_dict(have, strict=False)  # compared above; what remains is the unused classifier
+
+
+def _wrong_architecture(path: Path, model: str, detail: str) -> UserError:
+    return UserError(f"teacher weights {path} are not of {model}: {detail}; give the timm name they belong to")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _must_exist(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no iterator)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"teacher file {path} is damaged or no safetensors file ({_one_line(error)}): copy it or make "
+                        "it again") from None
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    _must_exist(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged zip, or a pickle of something other than tensors
+        raise UserError(f"hsr.weights {path} cannot be read as plain tensors ({_one_line(error)}): save its state dict "
+                        "as .safetensors") from None
+    for key in ("state_dict", "model", "teacher"):  # training checkpoints wrap the weights
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"hsr.weights {path} holds a {type(content).__name__}, not a state dict of tensors")
+    return {k.removeprefix("module.").removeprefix("backbone."): v for k, v in content.items()}
+
+
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"teacher file {path} does not exist: check hsr.teacher and hsr.weights, or make one with "
+                        "tools/fit_teacher.py")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else text[:199] + "…"

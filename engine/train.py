@@ -1,0 +1,251 @@
+"""Train StyleGAN2 + HSR:  deepspeed engine/train.py recipes/ffhq_1024.yaml [key=value …]
+
+Read from top to bottom: the world, the recipe, the data, the networks, the engines, the loop. Running the same
+command again resumes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from hsrgan.engine import checkpoint, distributed
+from hsrgan.engine.aside import writable
+from hsrgan.engine.config import Data, Recipe, check_paths, check_same_networks, load_recipe
+from hsrgan.engine.data import open_stream
+from hsrgan.engine.digits import ensure_digits
+from hsrgan.engine.draws import Draws
+from hsrgan.engine.ema import ema_beta, update_ema
+from hsrgan.engine.errors import user_errors
+from hsrgan.engine.hsr import HSRHeads
+from hsrgan.engine.model import Discriminator, Generator
+from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
+from hsrgan.engine.shards import Manifest, load_manifest
+from hsrgan.engine.snapshot import save_snapshot
+from hsrgan.engine.stats import Meter, RunLog
+from hsrgan.engine.teacher import load_teacher
+
+HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+PICTURES = 64  # images in a grid
+GRID_STREAM = 4  # the draws of the grid's latents; 0–3 are the phases'
+
+
+def train(recipe_path: Path, overrides: list[str]) -> None:
+    world = distributed.world_from_environment()
+    recipe = load_recipe(recipe_path, overrides, world_size=world.size)
+    world = distributed.world_from_environment(recipe.device)
+    _check_writable(Path(recipe.run_dir))
+    check_paths(recipe)
+    manifest = _dataset(recipe.data)
+    resumed = _resume(recipe)
+    generator, discriminator, heads, teacher = _networks(recipe, manifest, world)
+    g_module, g_ema = GeneratorWithHeads(generator, heads), copy.deepcopy(generator).requires_grad_(False).eval()
+    if resumed:
+        resumed.fill("G", g_module)
+        resumed.fill("D", discriminator)
+        resumed.fill("G_ema", g_ema)
+    elif recipe.init_from:
+        source = checkpoint.read_checkpoint(recipe.init_from)
+        source.fill("G", generator, prefix="generator.")
+        source.fill("D", discriminator)
+        source.fill("G_ema", g_ema)
+
+    distributed.start(world)
+    t = _training(recipe, world, manifest, g_module, discriminator, teacher)
+    images = 0
+    if resumed:
+        images = resumed.state["images"]
+        t.pl_mean.fill_(resumed.state["pl_mean"])
+        t.g.load_optimizer_state(resumed.tensors["G_adam"], resumed.state["adam_steps"]["G"])
+        t.d.load_optimizer_state(resumed.tensors["D_adam"], resumed.state["adam_steps"]["D"])
+    _loop(t, manifest, g_ema, images)
+    distributed.stop()
+
+
+def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> None:
+    recipe, world, batch = t.recipe, t.world, t.recipe.batch
+    stream = open_stream(
+        manifest, seed=recipe.seed, start=images, global_batch=batch, rank=world.rank, world=world.size,
+        workers=recipe.data.workers, window=recipe.data.window, mirror=recipe.data.mirror,
+    )  # fmt: skip
+    phases, total = build_phases(t), round(recipe.kimg * 1000)
+    out = Outputs(t, manifest, g_ema)
+    with RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank) as log:
+        if images:
+            log.message(f"resuming at {images / 1000:g} kimg")
+        else:
+            log.reals(next(open_stream(manifest, seed=recipe.seed, start=0, global_batch=PICTURES))[0])
+            log.fakes(out.pictures(), 0.0)
+        for reals_uint8, real_c in stream:
+            if images >= total:
+                break
+            reals = _to_float(reals_uint8, world.device)
+            real_c = real_c[:, : t.generator.c_dim].to(world.device, non_blocking=True)
+            step = images // batch
+            for phase in phases:
+                if step % phase.interval == 0:
+                    run_phase(phase, t, images, reals, real_c)
+            with distributed.gathered(t.g):
+                update_ema(g_ema, t.generator, ema_beta(batch, images, recipe.ema.kimg, recipe.ema.rampup))
+            seen, images = images, images + batch
+            last = images >= total
+
+            log.step(images)
+            if last or _crossed(recipe.tick_kimg, seen, images):
+                log.tick(images, t.meter.collect())
+            if last or _crossed(recipe.image_kimg, seen, images):
+                log.fakes(out.pictures(), images / 1000)
+            if last or _crossed(recipe.snapshot_kimg, seen, images):
+                out.snapshot(images)
+            if last or _crossed(recipe.checkpoint_kimg, seen, images):
+                out.checkpoint(images)
+        log.finish({"snapshot": out.snapshot_path(images)})
+
+
+def _crossed(every_kimg: float, before: int, after: int) -> bool:
+    """Whether a multiple of `every_kimg` lies in (before, after]."""
+    return int(after / (every_kimg * 1000)) > int(before / (every_kimg * 1000))
+
+
+def _to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 [n, C, R, R] → [−1, 1] float32, channels_last."""
+    images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
+    return images.div_(127.5).sub_(1)
+
+
+def _check_writable(run_dir: Path) -> None:
+    with writable(run_dir, "choose another with run_dir=…"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+
+
+def _dataset(data: Data) -> Manifest:
+    shards = data.shards or ensure_digits(
+        Path("datasets") / f"digits-{data.resolution}", data.resolution, data.channels
+    )
+    manifest = load_manifest(shards)
+    manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
+    return manifest
+
+
+def _resume(recipe: Recipe) -> checkpoint.Checkpoint | None:
+    folders = checkpoint.checkpoint_folders(recipe.run_dir)
+    if not folders:
+        return None
+    found = checkpoint.read_checkpoint(folders[-1])
+    check_same_networks(json.dumps(found.state["recipe"]), recipe, checkpoint=found.path)
+    return found
+
+
+def _networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
+    """G, D, HSR heads and teacher on the rank's device; the same values on every rank."""
+    torch.manual_seed(recipe.seed)
+    data = recipe.data
+    shape = {
+        "c_dim": manifest.num_classes if data.labels else 0,
+        "img_resolution": data.resolution,
+        "img_channels": data.channels,
+        "half_dtype": HALF[recipe.precision],
+    }
+    generator = Generator(**recipe.generator.model_dump(exclude={"mixing_prob", "lr", "w_avg_beta"}), **shape)
+    discriminator = Discriminator(**recipe.discriminator.model_dump(exclude={"lr"}), **shape)
+    heads = teacher = None
+    if recipe.hsr:
+        teacher = load_teacher(
+            recipe.hsr.teacher,
+            weights=recipe.hsr.weights,
+            layers=recipe.hsr.layers,
+            parity_normalize=recipe.hsr.parity_normalize,
+        ).to(world.device)
+        widths = {r: generator.synthesis.channels[r] for r in recipe.hsr.layers}
+        heads = HSRHeads(widths, teacher.channels, hidden=recipe.hsr.hidden).to(world.device)
+    return generator.to(world.device), discriminator.to(world.device), heads, teacher
+
+
+def _training(
+    recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator, teacher
+) -> Training:
+    adam, micro = recipe.adam, recipe.batch // world.size // recipe.accumulation
+
+    def shard(module, lr: float, interval: int) -> distributed.Sharded:
+        optimizer = distributed.lazy_adam(module.parameters(), lr, adam.beta1, adam.beta2, adam.eps, interval)
+        return distributed.Sharded(module, optimizer, zero_stage=recipe.zero_stage, micro_batch=micro)
+
+    return Training(
+        recipe=recipe,
+        world=world,
+        draws=Draws(recipe.seed, world.device, manifest.class_counts if recipe.data.labels else ()),
+        g=shard(g_module, recipe.generator.lr, recipe.path_length.interval),
+        d=shard(discriminator, recipe.discriminator.lr, recipe.r1.interval),
+        teacher=teacher,
+        meter=Meter(world.device),
+        pl_mean=torch.zeros((), device=world.device),
+    )
+
+
+@dataclass
+class Outputs:
+    """What a run leaves behind: sample grids, snapshots for everybody else, checkpoints for itself."""
+
+    t: Training
+    manifest: Manifest
+    g_ema: Generator
+
+    def pictures(self) -> torch.Tensor:
+        """Samples of the averaged G from the run's fixed latents, [PICTURES, C, R, R] in [−1, 1]."""
+        latents = self.t.draws.latents(GRID_STREAM, range(PICTURES), self.g_ema.z_dim)
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    self.g_ema(z, c, noise_mode="const")
+                    for z, c in zip(
+                        latents.z.split(self.t.recipe.batch), latents.c.split(self.t.recipe.batch), strict=True
+                    )
+                ]
+            ).cpu()
+
+    def snapshot(self, images: int) -> None:
+        if self.t.world.first:
+            manifest = self.manifest
+            facts = {"resolution": manifest.resolution, "class_names": manifest.class_names, "sha256": manifest.sha256}
+            path = self.snapshot_path(images)
+            path.parent.mkdir(exist_ok=True)
+            save_snapshot(path, self.g_ema, recipe_json=self.t.recipe.to_json(), kimg=images / 1000, dataset=facts)
+
+    def snapshot_path(self, images: int) -> Path:
+        return Path(self.t.recipe.run_dir) / "snapshots" / f"{images:09d}.safetensors"
+
+    def checkpoint(self, images: int) -> None:
+        checkpoint.write_checkpoint(
+            self.t.recipe.run_dir, self.t.g, self.t.d, self.g_ema, images=images, pl_mean=self.t.pl_mean,
+            recipe=self.t.recipe.model_dump(mode="json"), keep=self.t.recipe.keep_checkpoints, rank=self.t.world.rank,
+        )  # fmt: skip
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Recipe keys to change, such as kimg=10 data.workers=0.")
+    ] = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Train a StyleGAN2 with HSR from a recipe. The same command again resumes the run."""
+    with user_errors(quiet=os.environ.get("RANK", "0") != "0"):
+        train(recipe, overrides or [])
+
+
+if __name__ == "__main__":
+    app()

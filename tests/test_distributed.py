@@ -1,0 +1,55 @@
+"""The engines' own arithmetic on one rank; whole runs over ranks and ZeRO stages are in test_training.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from hsrgan.engine import distributed
+from hsrgan.engine.distributed import Sharded, lazy_adam
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """DeepSpeed keeps its groups for the life of a process, so all tests here share one."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+            patch.setenv(name, "")  # so that what `start` sets is undone afterwards
+            patch.delenv(name)
+        distributed.start(distributed.world_from_environment("cpu"))
+        yield
+        distributed.stop()
+    torch.set_num_threads(threads)
+
+
+def test_lazy_adam_scales_rate_and_betas():
+    parameter = nn.Parameter(torch.zeros(1))
+    (group,) = lazy_adam([parameter], 0.002, 0.5, 0.99, 1e-8, 16).param_groups
+    assert group["lr"] == pytest.approx(0.002 * 16 / 17)
+    assert group["betas"] == pytest.approx((0.5 ** (16 / 17), 0.99 ** (16 / 17))) and group["eps"] == 1e-8
+    (group,) = lazy_adam([parameter], 0.002, 0.0, 0.99, 1e-8, 0).param_groups
+    assert group["lr"] == 0.002 and group["betas"] == (0.0, 0.99)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_step_is_plain_adam_on_mended_gradients(one_rank, stage):
+    """NaN counts as 0, infinities as ±1e5, a parameter without gradient as one with zeros; nothing is clipped."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    plain = [nn.Parameter(p.detach().clone()) for p in module.parameters()]
+    reference = lazy_adam(plain, 0.1, 0.0, 0.99, 1e-8, 4)
+    sharded = Sharded(module, lazy_adam(module.parameters(), 0.1, 0.0, 0.99, 1e-8, 4), zero_stage=stage, micro_batch=1)
+    nan, inf = float("nan"), float("inf")
+    first = torch.tensor([[nan, inf, -inf], [1.0, -200.0, 0.0]])
+    for weight, bias in ((first, None), (torch.ones(2, 3), torch.tensor([3.0, nan]))):
+        with distributed.gathered(sharded):
+            sharded.step([weight, bias])
+        plain[0].grad = weight.nan_to_num(nan=0.0, posinf=1e5, neginf=-1e5)
+        plain[1].grad = torch.zeros(2) if bias is None else bias.nan_to_num(nan=0.0)
+        reference.step()
+    with distributed.gathered(sharded):
+        for mine, theirs in zip(module.parameters(), plain, strict=True):
+            assert torch.equal(mine, theirs)
+    assert sharded.optimizer_step() == 2
+    state = sharded.optimizer_state()
+    assert torch.equal(state["exp_avg_sq.weight"], reference.state[plain[0]]["exp_avg_sq"])

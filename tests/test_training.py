@@ -1,0 +1,246 @@
+"""Whole training runs, as a user starts them: the same result however the work is split, and after any interruption."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "engine" / "train.py"
+
+RECIPE = """
+run_dir: run
+seed: 1
+kimg: 0.32            # 20 steps
+batch: 16
+precision: fp32
+device: cpu
+tick_kimg: 0.08
+checkpoint_kimg: 0.32
+image_kimg: 100.0
+snapshot_kimg: 100.0
+data: {builtin: digits, resolution: 16, channels: 1, labels: true, workers: 0}
+generator: {z_dim: 16, w_dim: 16, mapping_layers: 2, channel_base: 128, channel_max: 16, lr: 0.002}
+discriminator: {channel_base: 128, channel_max: 16, mbstd_group_size: 4, lr: 0.002, mapping_layers: 2}
+r1: {gamma: 1.0, interval: 4}
+path_length: {interval: 4}
+ema: {kimg: 0.5, rampup: null}
+HSR
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with the recipe; the digits are packed there by the first run."""
+    folder = tmp_path_factory.mktemp("training")
+    recipe = RECIPE.replace("HSR", "")
+    (folder / "recipe.yaml").write_text(recipe)
+    return folder
+
+
+def _last_layer() -> int:
+    from hsrgan.engine.config import load_recipe
+
+    return max(load_recipe(ROOT / "recipes" / "quickstart.yaml", []).hsr.layers.values())
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    world = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_SIZE": ranks,
+        "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    # one thread each, so that the number of ranks does not change how a convolution is cut up
+    return {**os.environ, **{key: str(value) for key, value in world.items()}, "OMP_NUM_THREADS": "1"}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(folder: Path, *overrides: str, ranks: int = 1) -> list[subprocess.Popen]:
+    port = _free_port()
+    command = [sys.executable, str(TRAIN), "recipe.yaml", *overrides]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=_environment(rank, ranks, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def train(folder: Path, *overrides: str, ranks: int = 1) -> Path:
+    """Run to the end and return the last checkpoint."""
+    processes = start(folder, *overrides, ranks=ranks)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    run_dir = next((o.split("=", 1)[1] for o in overrides if o.startswith("run_dir=")), "run")
+    return last_checkpoint(folder / run_dir)
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return sorted((run_dir / "checkpoints").glob("[0-9]*"))[-1]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.stem}/{key}": value
+        for file in checkpoint.glob("*.safetensors")
+        for key, value in load_file(file).items()
+    }
+
+
+BUFFERS = ("noise_const", "resample_filter")  # never trained: they would dilute a relative difference
+
+
+def relative_difference(a: Path, b: Path, part: str) -> float:
+    """‖a − b‖ / ‖b‖ over the trained tensors of one file of two checkpoints."""
+    first, second = load_file(a / f"{part}.safetensors"), load_file(b / f"{part}.safetensors")
+    assert first.keys() == second.keys()
+    keys = [key for key in first if not key.endswith(BUFFERS)]
+    difference = sum((first[key].double() - second[key].double()).square().sum() for key in keys)
+    return float((difference / sum(second[key].double().square().sum() for key in keys)) ** 0.5)
+
+
+def assert_same_networks(a: Path, b: Path) -> None:
+    differences = {part: relative_difference(a, b, part) for part in ("G", "D", "G_ema", "G_adam", "D_adam")}
+    print(", ".join(f"{part} {value:.1e}" for part, value in differences.items()))
+    assert all(differences[part] < 1e-5 for part in ("G", "D", "G_ema"))
+
+
+@pytest.fixture(scope="module")
+def reference(workspace) -> Path:
+    """20 steps on one rank, ZeRO 0, no accumulation; R1 and path length five times each, HSR in every step."""
+    return train(workspace, "run_dir=reference")
+
+
+SPLITS = [
+    (1, "accumulation=2", "zero_stage=0"),
+    (2, "accumulation=1", "zero_stage=0"),
+    (1, "accumulation=1", "zero_stage=1"),
+    (1, "accumulation=1", "zero_stage=2"),
+    (1, "accumulation=1", "zero_stage=3"),
+    (2, "accumulation=1", "zero_stage=1"),
+    (2, "accumulation=2", "zero_stage=2"),
+    (2, "accumulation=2", "zero_stage=3"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "accumulation", "stage"), SPLITS, ids=lambda value: str(value).replace("=", ""))
+def test_any_split_trains_the_same_networks(workspace, reference, ranks, accumulation, stage):
+    name = f"{ranks}-{accumulation}-{stage}".replace("=", "")
+    split = train(workspace, f"run_dir={name}", accumulation, stage, ranks=ranks)
+    assert_same_networks(split, reference)
+
+
+def test_training_moves_every_parameter(workspace, reference):
+    """The comparison above would also hold between runs that do nothing."""
+    from hsrgan.engine.checkpoint import read_checkpoint
+
+    trained = read_checkpoint(reference)
+    start_ = read_checkpoint(train(workspace, "run_dir=first", "kimg=0.016", "checkpoint_kimg=0.016"))
+    for part in ("G", "D", "G_ema"):
+        for key, value in trained.tensors[part].items():
+            if not key.endswith(BUFFERS):
+                assert not torch.equal(value, start_.tensors[part][key]), f"{part} {key} did not move"
+    assert (
+        trained.state["images"] == 320
+        and trained.state["adam_steps"] == {"G": 25, "D": 25}
+        and trained.state["pl_mean"] > 0
+    )
+
+
+def test_kill_and_resume_is_bitwise(workspace):
+    """40 steps straight, and 20 steps, kill −9, the same command again."""
+    options = ("kimg=0.64", "checkpoint_kimg=0.32")
+    straight = train(workspace, "run_dir=straight", *options)
+    (process,) = start(workspace, "run_dir=killed", *options)
+    deadline = time.time() + 240
+    while not list((workspace / "killed" / "checkpoints").glob("[0-9]*")):
+        assert process.poll() is None and time.time() < deadline, process.stdout.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    at_kill = last_checkpoint(workspace / "killed")
+    assert at_kill.name == "000000320", "the run ended before it was killed"
+    resumed = train(workspace, "run_dir=killed", *options)
+    first, second = tensors(straight), tensors(resumed)
+    assert first.keys() == second.keys() and any("exp_avg_sq" in key for key in first)
+    different = [key for key in first if not torch.equal(first[key], second[key])]
+    assert not different
+    assert (straight / "state.json").read_text() == (resumed / "state.json").read_text().replace("killed", "straight")
+    lines = [json.loads(line) for line in (workspace / "killed" / "log.jsonl").read_text().splitlines()]
+    kimgs = [line["kimg"] for line in lines if "loss/G" in line]
+    assert kimgs == sorted(set(kimgs)) and kimgs[-1] == 0.64
+
+
+def test_resume_with_other_ranks_and_stage(workspace):
+    """A checkpoint of two ranks under ZeRO 3 goes on on one rank under ZeRO 1, as if nothing had changed."""
+    train(workspace, "run_dir=moved", "zero_stage=3", ranks=2)
+    moved = train(workspace, "run_dir=moved", "zero_stage=1", "kimg=0.64")
+    assert_same_networks(moved, train(workspace, "run_dir=stayed", "kimg=0.64"))
+
+
+def test_init_from_restarts_the_count(workspace, reference):
+    """HSR's second stage: networks from a baseline's checkpoint; Adam, pl_mean and the image count begin anew."""
+    branch = train(workspace, "run_dir=branch", f"init_from={reference}", "kimg=0.016", "checkpoint_kimg=0.016")
+    state = json.loads((branch / "state.json").read_text())
+    assert state["images"] == 16 and state["adam_steps"]["G"] == 2
+    first, second = tensors(branch), tensors(reference)
+    key = "D/b16.conv0.weight"
+    assert 0 < (first[key] - second[key]).abs().max() < 0.05  # one step away from where it came from
+
+
+def expect_error(folder: Path, *overrides: str, naming: str) -> None:
+    (process,) = start(folder, *overrides)
+    output = process.communicate(timeout=120)[0]
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(errors) == 1 and naming in errors[0] and "Traceback" not in output, output
+
+
+def test_user_mistakes_get_one_line(workspace, reference, tmp_path):
+    expect_error(workspace, "generator.chanel_base=64", naming="channel_base")
+    expect_error(workspace, "batch=x", naming="batch")
+    expect_error(workspace, "batch=18", "accumulation=4", naming="batch")
+    expect_error(workspace, "data.builtin=null", f"data.shards={tmp_path}", naming=str(tmp_path))
+    packed = next((workspace / "datasets").glob("digits-16*"))
+    expect_error(workspace, "data.builtin=null", f"data.shards={packed}", "data.resolution=32", naming="16×16")
+    expect_error(workspace, "run_dir=reference", "generator.w_dim=8", naming="generator.w_dim")
+    expect_error(workspace, "run_dir=other", f"init_from={reference}", "generator.w_dim=8", naming="does not fit")
+    (tmp_path / "file").write_text("")
+    expect_error(workspace, f"run_dir={tmp_path / 'file' / 'run'}", naming="run_dir")
+    expect_error(workspace, "hsr.layers={8: 99}", naming="99")
+    expect_error(workspace, f"hsr.teacher={packed / 'manifest.json'}", naming="manifest.json")
+
+
+def test_deepspeed_launches_the_recipe(workspace):
+    """The README's launch line, two ranks, to the end, with what a run leaves behind."""
+    launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port()), str(TRAIN)]
+    command = [*launch, "recipe.yaml", "run_dir=launched", "kimg=0.064"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = workspace / "launched"
+    for name in ("log.jsonl", "reals.png", "curves.png"):
+        assert (run / name).stat().st_size > 0
+    assert list((run / "samples").glob("fakes-*.png")) and list((run / "snapshots").glob("*.safetensors"))
+    for said in ("curves.png", "snapshots", "samples"):
+        assert said in done.stdout
