@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, save_png, to_uint8
 from hsrgan.engine.snapshot import load_snapshot
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 MAX_SEED = 2**32 - 1  # of NumPy's RandomState
@@ -79,9 +80,11 @@ def generate(
     """
     device = next(generator.parameters()).device
     images = []
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(show_speed=True)]
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("sampling", total=len(seeds))
+    rate = TextColumn("{task.fields[rate]:.1f} img/s")
+    columns = [TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn()]
+    with Progress(*columns) as progress:
+        task = progress.add_task("sampling", total=len(seeds), rate=0.0)
+        began = time.perf_counter()
         for start in range(0, len(seeds), batch):
             part = seeds[start : start + batch]
             z, drawn = draw(part, generator)
@@ -92,7 +95,8 @@ def generate(
                 z.to(device), c, truncation_psi=psi, truncation_cutoff=cutoff, noise_mode=noise_mode, noise=noise
             )
             images.append(to_uint8(image).cpu())
-            progress.advance(task, len(part))
+            done = start + len(part)
+            progress.update(task, completed=done, rate=done / (time.perf_counter() - began))
     return torch.cat(images)
 
 
