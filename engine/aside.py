@@ -25,7 +25,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     A crash or an error leaves the former `path`, if any, as it was. Raises `UserError` where the folder refuses.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.part")  # one name: what a kill leaves, the next write replaces
     with writable(path):
         try:
             yield aside

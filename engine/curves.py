@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+
 from hsrgan.engine.aside import written_aside
 
 PANELS = {"loss": "loss", "penalty": "regulariser", "score": "D's score"}  # panel: its vertical axis

@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 
 import torch
-from hsrgan.engine.aside import written_aside
 from PIL import Image
 from torch import Tensor
+
+from hsrgan.engine.aside import written_aside
 
 VISIBLE_SIDE = 64  # pixels: smaller images are enlarged to about this
 

@@ -11,12 +11,13 @@ import json
 from pathlib import Path
 
 import torch
-from hsrgan.engine.aside import written_aside
-from hsrgan.engine.errors import UserError
-from hsrgan.engine.model import Generator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from hsrgan.engine.aside import written_aside
+from hsrgan.engine.errors import UserError
+from hsrgan.engine.model import Generator
 
 FORMAT = "hsrgan-snapshot-1"
 

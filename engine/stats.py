@@ -13,12 +13,13 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from hsrgan.engine.aside import writable, written_aside
-from hsrgan.engine.curves import draw_curves
-from hsrgan.engine.pictures import image_grid, save_png
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
+
+from hsrgan.engine.aside import writable, written_aside
+from hsrgan.engine.curves import draw_curves
+from hsrgan.engine.pictures import image_grid, save_png
 
 REDRAW_SECONDS = 0.5  # the progress line
 RATE_SECONDS = 60.0  # the window behind "img/s" and the ETA

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hsrgan.engine.errors import UserError
-from hsrgan.engine.model import Generator
-from hsrgan.engine.snapshot import load_snapshot, save_snapshot
-from hsrgan.tools import sample, score_digits
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
+
+from hsrgan.engine.errors import UserError
+from hsrgan.engine.model import Generator
+from hsrgan.engine.snapshot import load_snapshot, save_snapshot
+from hsrgan.tools import sample, score_digits
 
 TINY = {"z_dim": 8, "w_dim": 8, "img_resolution": 16, "mapping_layers": 2, "channel_base": 64, "channel_max": 8}
 

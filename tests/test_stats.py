@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
+
 from hsrgan.engine.curves import thinned
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.pictures import image_grid, to_uint8
 from hsrgan.engine.stats import Meter, RunLog, read_log
-from PIL import Image
 
 
 def test_meter_means_every_element_and_clears():

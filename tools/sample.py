@@ -11,13 +11,14 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
 from hsrgan.engine.aside import writable
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, save_png, to_uint8
 from hsrgan.engine.snapshot import load_snapshot
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 MAX_SEED = 2**32 - 1  # of NumPy's RandomState
 
