@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
+
 from hsrgan.engine.layers import Conv, Linear, SynthesisLayer, ToRGB, append_minibatch_std, register_filter
 from hsrgan.kernels import downsample2d
-from torch import Tensor, nn
 
 
 class SynthesisBlock(nn.Module):

@@ -20,10 +20,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import webdataset as wds
-from hsrgan.engine.errors import UserError
-from hsrgan.engine.shards import Manifest, Shard
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from hsrgan.engine.errors import UserError
+from hsrgan.engine.shards import Manifest, Shard
 
 _SHARD_ORDER, _SAMPLE_ORDER, _MIRROR = range(3)  # streams of random bits, kept apart in Philox's counter
 _MODES = {1: "L", 3: "RGB"}

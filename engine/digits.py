@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.shards import MANIFEST, ShardWriter, folder_lock, load_manifest
-from PIL import Image
 
 SIDE = 8  # pixels of the originals, whose values are 0 … 16
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-from hsrgan.kernels import bias_act, conv2d, modulated_conv2d, to_rgb
 from torch import Tensor, nn
+
+from hsrgan.kernels import bias_act, conv2d, modulated_conv2d, to_rgb
 
 # [1, 3, 3, 1] / 8: the resampling filter of every published StyleGAN2. Its outer square is what state dicts hold.
 TAPS = (0.125, 0.375, 0.375, 0.125)

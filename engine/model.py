@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
+
 from hsrgan.engine.blocks import DiscriminatorBlock, DiscriminatorEpilogue, SynthesisBlock
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.layers import Linear, normalize_2nd_moment
-from torch import Tensor, nn
 
 ARCHITECTURES = ("skip", "orig", "resnet")
 NOISE_MODES = ("random", "const", "none")

@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 import numpy as np
 import webdataset as wds
+
 from hsrgan.engine.errors import UserError
 
 FORMAT = "hsrgan-shards-1"

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from PIL import Image
+
 from hsrgan.engine import data, digits, shards
 from hsrgan.engine.errors import UserError
-from PIL import Image
 
 COUNT, SHARD_SIZE, WINDOW = 103, 10, 3  # ten whole shards and one of 3: uneven, and a last block of 2 shards
 

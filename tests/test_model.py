@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
+
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.layers import append_minibatch_std
 from hsrgan.engine.model import Discriminator, Generator
-from torch.func import functional_call
 
 ARCHITECTURES = ("skip", "orig", "resnet")
 WIDTHS = {"channel_base": 128, "channel_max": 12}  # 12 channels at 4 and 8, 8 at 16

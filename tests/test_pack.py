@@ -12,14 +12,15 @@ import time
 import zipfile
 from pathlib import Path
 
-import hsrgan.tools.pack as pack_tool
 import lmdb
 import numpy as np
 import pytest
-from hsrgan.engine import data, shards
-from hsrgan.engine.errors import UserError
 from PIL import Image
 from typer.testing import CliRunner
+
+import hsrgan.tools.pack as pack_tool
+from hsrgan.engine import data, shards
+from hsrgan.engine.errors import UserError
 
 SCRIPT = Path(pack_tool.__file__)
 

@@ -22,12 +22,13 @@ from typing import Annotated
 import lmdb
 import numpy as np
 import typer
-from hsrgan.engine.errors import UserError, user_errors
-from hsrgan.engine.shards import ShardWriter, check_target, folder_lock
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.shards import ShardWriter, check_target, folder_lock
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
