@@ -69,7 +69,7 @@ def test_the_shipped_teacher_has_learnt_from_the_digits(tmp_path):
     fitted = scores(lambda img: fit_teacher.features(teacher, img))
     before = scores(lambda img: fit_teacher.features(untrained, img))
     pixels = scores(lambda img: img.flatten(1))
-    assert fitted[0] > 0.98 and fitted[1] > 0.94 and fitted[2] > 0.96
+    assert fitted[0] > 0.97 and fitted[1] > 0.94 and fitted[2] > 0.96
     assert fitted[1] > pixels[1] + 0.03
     assert all(a > b + 0.2 for a, b in zip(fitted, before, strict=True)), (fitted, before)
 
