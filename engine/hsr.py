@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from hsrgan.kernels import feature_match
 from torch import Tensor, nn
+
+from hsrgan.kernels import feature_match
 
 
 class PointwiseConv(nn.Module):

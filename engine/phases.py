@@ -18,6 +18,7 @@ from hsrgan.engine import losses
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import Sharded, World, gathered, mean_over_ranks
 from hsrgan.engine.draws import Draws, Latents, interleaved
+from hsrgan.engine.hsr import hsr_term
 from hsrgan.engine.stats import Meter
 
 
@@ -132,12 +133,12 @@ class GMain(Phase):
         t.meter.add("loss/G", adversarial)
         t.meter.add("score/fake", logits)
         if weight > 0:
-            targets = t.teacher(fakes.detach())
-            regulariser = t.g.module.heads.loss(
-                features, targets, weights=hsr.weights_per_res, distance=hsr.distance, detach=hsr.detach
-            )
-            t.meter.add("loss/hsr", regulariser)
-            adversarial = adversarial + weight * regulariser
+            regulariser = hsr_term(
+                weight, t.g.module.heads, t.teacher, features, fakes,
+                weights=hsr.weights_per_res, distance=hsr.distance, detach=hsr.detach,
+            )  # fmt: skip
+            t.meter.add("loss/hsr", regulariser / weight)
+            adversarial = adversarial + regulariser
         yield adversarial
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hsrgan.engine.errors import UserError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from hsrgan.engine.errors import UserError
 
 FORMAT = "hsrgan-teacher-1"
 # What the code released with HSR normalises with: CLIP's mean beside ImageNet's standard deviation.

@@ -3,18 +3,19 @@
 import copy
 from pathlib import Path
 
-import hsrgan.recipes
 import numpy as np
 import pytest
 import torch
 import typer
-from hsrgan.engine.digits import ensure_digits
-from hsrgan.engine.teacher import Teacher, create_timm, load_teacher
-from hsrgan.tools import fit_teacher
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
+
+import hsrgan.recipes
+from hsrgan.engine.digits import ensure_digits
+from hsrgan.engine.teacher import Teacher, create_timm, load_teacher
+from hsrgan.tools import fit_teacher
 
 SHIPPED = Path(hsrgan.recipes.__file__).with_name("digits_teacher.safetensors")
 APP = typer.Typer()

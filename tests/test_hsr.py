@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+
 from hsrgan.engine.hsr import HSRHeads, hsr_term
 from hsrgan.engine.teacher import Teacher
 

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from hsrgan.engine import losses
 from torch import nn
+
+from hsrgan.engine import losses
 
 
 def f64(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.teacher import Teacher, load_teacher, save_teacher
-from safetensors.torch import load_file, save_file
 
 VIT = "vit_tiny_patch16_224"
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3}
