@@ -88,7 +88,8 @@ class _PiecewiseLinear(torch.autograd.Function):
         x, bias, demod, noise, strength, y = ctx.saved_tensors
         gain, images = ctx.gain, tuple(range(2, gy.ndim))
         want_x, want_bias, want_demod, want_noise, want_strength, *_ = launch.wanted(ctx)
-        g = _ActivationGradient.apply(gy, y, ctx.slope, ctx.clamp)
+        linear = ctx.slope == 1 and ctx.clamp is None
+        g = gy if linear else _ActivationGradient.apply(gy, y, ctx.slope, ctx.clamp)
         gx = gbias = gdemod = gnoise = gstrength = None
         if want_strength:
             # with 1 as a second noise, one product gives the gradients of bias and strength
@@ -107,7 +108,7 @@ class _PiecewiseLinear(torch.autograd.Function):
             gdemod = ((g * x).sum(images) * gain).to(demod.dtype)
         if want_x:
             scale = gain if demod is None else _pairs(demod * gain, g)
-            gx = g * scale if torch.is_grad_enabled() else g.mul_(scale)
+            gx = g * scale if linear or torch.is_grad_enabled() else g.mul_(scale)
         return gx, gbias, gdemod, gnoise, gstrength, None, None, None
 
 
@@ -118,8 +119,10 @@ class _ActivationGradient(torch.autograd.Function):
     def forward(ctx, gy, y, slope, clamp):
         ctx.save_for_backward(y)
         ctx.slope, ctx.clamp = slope, clamp
-        g = gy.clone() if clamp is None else torch.ops.aten.hardtanh_backward(gy, y, -clamp, clamp)
-        return g if slope == 1 else torch.ops.aten.leaky_relu_backward.grad_input(g, y, slope, True, grad_input=g)
+        g = torch.empty_like(y)  # in the layout of y, whatever layout gy came in
+        if clamp is not None:
+            gy = torch.ops.aten.hardtanh_backward.grad_input(gy, y, -clamp, clamp, grad_input=g)
+        return gy if slope == 1 else torch.ops.aten.leaky_relu_backward.grad_input(gy, y, slope, True, grad_input=g)
 
     @staticmethod
     def backward(ctx, gg):

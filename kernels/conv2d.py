@@ -66,6 +66,8 @@ class _Convolution(torch.autograd.Function):
         x, w = ctx.saved_tensors
         s, p, k = ctx.stride, ctx.padding, w.shape[-1]
         want_x, want_w, *_ = launch.wanted(ctx)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            g = g.contiguous(memory_format=torch.channels_last)  # a mixed pair would be reordered in every call below
         gx = gw = None
         if want_x:
             # rows that a strided convolution does not reach, which its transpose must still return
