@@ -58,7 +58,8 @@ def start(world: World) -> None:
         torch.cuda.set_device(world.device)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

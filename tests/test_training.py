@@ -33,7 +33,7 @@ discriminator: {channel_base: 128, channel_max: 16, mbstd_group_size: 4, lr: 0.0
 r1: {gamma: 1.0, interval: 4}
 path_length: {interval: 4}
 ema: {kimg: 0.5, rampup: null}
-HSR
+hsr: {teacher: TEACHER, layers: {8: 3, 16: 1}, hidden: 32}
 """
 
 
@@ -41,15 +41,9 @@ HSR
 def workspace(tmp_path_factory):
     """A folder with the recipe; the digits are packed there by the first run."""
     folder = tmp_path_factory.mktemp("training")
-    recipe = RECIPE.replace("HSR", "")
+    recipe = RECIPE.replace("TEACHER", str(ROOT / "recipes" / "digits_teacher.safetensors"))
     (folder / "recipe.yaml").write_text(recipe)
     return folder
-
-
-def _last_layer() -> int:
-    from hsrgan.engine.config import load_recipe
-
-    return max(load_recipe(ROOT / "recipes" / "quickstart.yaml", []).hsr.layers.values())
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:

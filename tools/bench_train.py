@@ -1,0 +1,260 @@
+"""Time one whole training step on a CPU, beside the same step in plain PyTorch:  python tools/bench_train.py
+
+The four phases of StyleGAN2, each with its Adam step, weighted by their intervals: Gmain 1, Greg 1/4 (path length, half
+the batch), Dmain 1, Dreg 1/16 (R1). No HSR, no loader. The rival (bench_plain.py) is NCHW with depthwise FIRs. Both get
+one state dict and must agree on images, logits and gradients before anything is timed; then they take turns, so that
+a change in the machine's speed meets all. The roof is a large channels_last convolution, measured in the same turns.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from hsrgan.engine import losses
+from hsrgan.engine.distributed import lazy_adam
+from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.model import Discriminator, Generator
+from hsrgan.tools.bench_plain import PlainDiscriminator, PlainGenerator
+
+SIZES = {32: (1024, 64, 16), 64: (4096, 256, 8)}  # resolution: channel_base, channel_max, batch
+SHARES = {"Gmain": 1.0, "Greg": 1 / 4, "Dmain": 1.0, "Dreg": 1 / 16}
+TOLERANCE = 1e-4  # of fp32 gradients against the rival's, relative to their norm
+
+
+@dataclass
+class Contender:
+    """Two networks and the four phases of a step. z_dim = w_dim = 512 and 8 mapping layers, StyleGAN2's."""
+
+    generator: nn.Module
+    discriminator: nn.Module
+    batch: int
+    resolution: int
+
+    def __post_init__(self) -> None:
+        self.g_adam = lazy_adam(self.generator.parameters(), 0.0025, 0.0, 0.99, 1e-8, 4)
+        self.d_adam = lazy_adam(self.discriminator.parameters(), 0.0025, 0.0, 0.99, 1e-8, 16)
+        self.reals = torch.rand(self.batch, 3, self.resolution, self.resolution) * 2 - 1
+        self.pl_mean = torch.zeros([])
+
+    def styles(self, n: int) -> Tensor:
+        mapping = self.generator.mapping
+        first, second = mapping(torch.randn(n, 512), None), mapping(torch.randn(n, 512), None)
+        half = first.shape[1] // 2
+        return torch.cat([first[:, :half], second[:, half:]], dim=1)
+
+    def loss(self, phase: str) -> list[Callable[[], Tensor]]:
+        """The phase's loss terms, each to be built, differentiated and forgotten before the next."""
+        synthesis, d, n = self.generator.synthesis, self.discriminator, self.batch
+
+        def path_length() -> Tensor:
+            ws = self.styles(n // 2)
+            img = synthesis(ws)
+            lengths = losses.path_lengths(img, ws, torch.randn_like(img) / self.resolution)
+            penalty = losses.path_penalty(lengths, self.pl_mean)
+            self.pl_mean = losses.path_mean(self.pl_mean, lengths.mean(), 0.01).detach()
+            return 4 * 2 * penalty
+
+        def fake() -> Tensor:
+            with torch.no_grad():
+                img = synthesis(self.styles(n))
+            return losses.logistic_d_fake(d(img))
+
+        def gradient_penalty() -> Tensor:
+            reals = self.reals.detach().requires_grad_(True)
+            return 16 * losses.r1_penalty(d(reals), reals, 1.0)
+
+        return {
+            "Gmain": [lambda: losses.logistic_g(d(synthesis(self.styles(n))))],
+            "Greg": [path_length],
+            "Dmain": [fake, lambda: losses.logistic_d_real(d(self.reals))],
+            "Dreg": [gradient_penalty],
+        }[phase]
+
+    def run(self, phase: str) -> None:
+        of_g = phase.startswith("G")
+        self.generator.requires_grad_(of_g)
+        self.discriminator.requires_grad_(not of_g)
+        adam = self.g_adam if of_g else self.d_adam
+        adam.zero_grad(set_to_none=True)
+        for term in self.loss(phase):
+            term().backward()
+        adam.step()
+
+
+def ours(resolution: int, half_dtype: torch.dtype | None) -> Contender:
+    base, most, batch = SIZES[resolution]
+    # every resolution that may be half precision is: 8 and above
+    widths = {"channel_base": base, "channel_max": most, "num_fp16_res": 9, "half_dtype": half_dtype}
+    return Contender(
+        Generator(img_resolution=resolution, **widths), Discriminator(0, resolution, **widths), batch, resolution
+    )
+
+
+def plain(resolution: int) -> Contender:
+    base, most, batch = SIZES[resolution]
+    widths = {"channel_base": base, "channel_max": most}
+    return Contender(
+        PlainGenerator(img_resolution=resolution, **widths),
+        PlainDiscriminator(resolution, **widths),
+        batch,
+        resolution,
+    )
+
+
+def check_agreement(mine: Contender, rival: Contender) -> float:
+    """Largest relative difference of images, logits and all gradients of G and D on one batch.
+
+    Noise is the constant buffers' (and given a strength), so that both see the same.
+    """
+    with torch.no_grad():
+        for name, parameter in rival.generator.named_parameters():
+            if name.endswith("noise_strength"):
+                parameter.fill_(0.1)
+    mine.generator.load_state_dict(rival.generator.state_dict())
+    mine.discriminator.load_state_dict(rival.discriminator.state_dict())
+    z = torch.randn(mine.batch, 512)
+    found = []
+    for contender in (mine, rival):
+        g, d = contender.generator.requires_grad_(True), contender.discriminator.requires_grad_(True)
+        img = g.synthesis(g.mapping(z, None), noise_mode="const")
+        logits = d(img)
+        parameters = sorted([*g.named_parameters(prefix="G"), *d.named_parameters(prefix="D")])
+        gradients = torch.autograd.grad(losses.logistic_g(logits), [p for _, p in parameters])
+        found.append([img.detach(), logits.detach(), torch.cat([x.flatten() for x in gradients])])
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up the convolutions and matrix products run inside (FlopCounterMode's module hooks refuse inner gradients)."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops_of_step(contender: Contender) -> float:
+    """Multiplications and additions of one weighted step, second derivatives included."""
+    total = 0.0
+    for phase, share in SHARES.items():
+        with FlopCount() as counter:
+            contender.run(phase)
+        total += share * counter.total
+    return total
+
+
+def seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def roof(dtype: torch.dtype) -> Callable[[], float]:
+    """A call that measures the FLOP/s of a 3×3 convolution of 256 channels at 64×64, batch 8, channels_last."""
+    x = torch.randn(8, 256, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    flops = 2 * 8 * 64 * 64 * 256 * 256 * 9
+
+    def measure() -> float:
+        with torch.no_grad():
+            return flops / seconds(lambda: torch.nn.functional.conv2d(x, w, padding=1))
+
+    return measure
+
+
+def bench(resolution: int, turns: int, console: Console) -> list[dict]:
+    """Rows for the plain form, fp32 and bf16 at one resolution."""
+    torch.manual_seed(0)
+    contenders = {"plain fp32": plain(resolution), "fp32": ours(resolution, None)}
+    difference = check_agreement(contenders["fp32"], contenders["plain fp32"])
+    if not difference < TOLERANCE:
+        raise UserError(f"at {resolution} the networks differ from the plain form by {difference:.1e}: nothing timed")
+    contenders["bf16"] = ours(resolution, torch.bfloat16)
+    # counted on the plain form: its gradients are PyTorch's own, so every convolution is seen
+    flops = flops_of_step(contenders["plain fp32"])
+    roofs = {"fp32": roof(torch.float32), "bf16": roof(torch.bfloat16)}
+    best = dict.fromkeys(roofs, 0.0)
+    times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in SHARES} for name in contenders}
+    for turn in track(range(turns + 1), f"{resolution}×{resolution}", console=console, transient=True):
+        for name, contender in contenders.items():
+            for phase in SHARES:
+                elapsed = seconds(lambda c=contender, p=phase: c.run(p))
+                if turn:  # the first turn warms up
+                    times[name][phase].append(elapsed)
+        for name, measure in roofs.items():
+            best[name] = max(best[name], measure())
+    rows = []
+    for name, of_phase in times.items():
+        steps = sorted(
+            sum(share * of_phase[phase][turn] for phase, share in SHARES.items()) for turn in range(turns)
+        )
+        median = statistics.median(steps)
+        rows.append({
+            "resolution": resolution,
+            "form": name,
+            "batch": contenders[name].batch,
+            "step_s": {"p20": steps[turns // 5], "p50": median, "p80": steps[turns * 4 // 5]},
+            "phase_ms": {phase: 1000 * statistics.median(values) for phase, values in of_phase.items()},
+            "img_s": contenders[name].batch / median,
+            "gflop_s": flops / median / 1e9,
+            "roof_gflop_s": best["bf16" if name == "bf16" else "fp32"] / 1e9,
+            "agreement": difference,
+        })  # fmt: skip
+    for row in rows:
+        row["ratio"] = rows[0]["step_s"]["p50"] / row["step_s"]["p50"]
+        row["roof_share"] = row["gflop_s"] / row["roof_gflop_s"]
+    return rows
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    resolutions: Annotated[str, typer.Option(help=f"some of {', '.join(map(str, SIZES))}")] = "32,64",
+    turns: Annotated[int, typer.Option(min=5, help="timed turns of every form")] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the rows there too")] = None,
+) -> None:
+    """Training steps per second of this machine's CPU, fp32 and bf16, as ratios to plain PyTorch."""
+    with user_errors():
+        sizes = [int(text) for text in resolutions.split(",") if text.strip().isdecimal()]
+        if not sizes or any(size not in SIZES for size in sizes):
+            raise UserError(f"--resolutions {resolutions}: give some of {', '.join(map(str, SIZES))}")
+        console = Console()
+        console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor()}")
+        rows = [row for size in sizes for row in bench(size, turns, console)]
+        table = Table("size", "form", "img/s", "ratio", "step ms (p20–p80)", "GFLOP/s", "of the roof", *SHARES)
+        for row in rows:
+            low, middle, high = (1000 * row["step_s"][p] for p in ("p20", "p50", "p80"))
+            table.add_row(
+                f"{row['resolution']}", row["form"], f"{row['img_s']:.1f}", f"{row['ratio']:.2f}",
+                f"{middle:.0f} ({low:.0f}–{high:.0f})", f"{row['gflop_s']:.0f}",
+                f"{row['roof_share']:.0%} of {row['roof_gflop_s']:.0f}",
+                *(f"{value:.0f} ms" for value in row["phase_ms"].values()),
+            )  # fmt: skip
+        console.print(table)
+        if json_file:
+            json_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app()
