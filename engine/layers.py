@@ -67,7 +67,7 @@ class Conv(nn.Module):
     """Equalised k×k convolution with resampling, bias, activation and clamp: x [N, in, h, w] → [N, out, h', w'].
 
     `gain` multiplies the result (and the clamp), as the branches of a residual block need. A convolution without
-    bias is plain linear: its gain is folded into the weight, and nothing is clamped.
+    bias is plain linear, and nothing is clamped.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         register_filter(self)
         self.up, self.down = up, down
-        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2) * (1.0 if bias else gain)
-        self.act_gain = math.sqrt(2) * gain
+        # lrelu(x)·gain = lrelu(x·gain): every gain is folded into weight and bias, which are smaller than the activations
+        self.act_gain = math.sqrt(2) * gain if bias else gain
+        self.weight_gain = self.act_gain / math.sqrt(in_channels * kernel_size**2)
         self.clamp = None if clamp is None else clamp * gain
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual` [N, out, h', w'] is added last, after the clamp."""
-        weight = (self.weight * self.weight_gain).to(x.dtype)
         resampled = self.up > 1 or self.down > 1
-        x = conv2d(x, weight, up=self.up, down=self.down, f=self.taps if resampled else None)
+        x = conv2d(x, self.weight * self.weight_gain, up=self.up, down=self.down, f=self.taps if resampled else None)
         if self.bias is None:
             return x
-        return bias_act(x, self.bias, act="lrelu", gain=self.act_gain, clamp=self.clamp, residual=residual)
+        return bias_act(x, self.bias * self.act_gain, act="lrelu", gain=1, clamp=self.clamp, residual=residual)
 
 
 class SynthesisLayer(nn.Module):
