@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsrgan.kernels import bias_act, conv2d, modulated_conv2d, to_rgb
@@ -54,13 +55,13 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full([out_features], float(bias_init)))
         self.act = act
-        self.weight_gain = lr_multiplier / math.sqrt(in_features)
-        self.bias_gain = lr_multiplier
+        self.bias_gain = lr_multiplier * (math.sqrt(2) if act == "lrelu" else 1.0)  # lrelu(x)·√2 = lrelu(x·√2)
+        self.weight_gain = self.bias_gain / math.sqrt(in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        # both scales ride on the matrix product, so that no scaled copy of the weight is written
-        y = torch.addmm(self.bias, x, self.weight.t(), beta=self.bias_gain, alpha=self.weight_gain)
-        return y if self.act == "linear" else bias_act(y, act=self.act)
+        # x bears the weight's scale: it is smaller, and the weight's gradient then needs no scaling either
+        y = torch.addmm(self.bias * self.bias_gain, x * self.weight_gain, self.weight.t())
+        return y if self.act == "linear" else F.leaky_relu(y, 0.2)
 
 
 class Conv(nn.Module):
