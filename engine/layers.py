@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsrgan.kernels import bias_act, conv2d, modulated_conv2d, to_rgb
@@ -54,20 +55,20 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full([out_features], float(bias_init)))
         self.act = act
-        self.weight_gain = lr_multiplier / math.sqrt(in_features)
-        self.bias_gain = lr_multiplier
+        self.bias_gain = lr_multiplier * (math.sqrt(2) if act == "lrelu" else 1.0)  # lrelu(x)·√2 = lrelu(x·√2)
+        self.weight_gain = self.bias_gain / math.sqrt(in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        # both scales ride on the matrix product, so that no scaled copy of the weight is written
-        y = torch.addmm(self.bias, x, self.weight.t(), beta=self.bias_gain, alpha=self.weight_gain)
-        return y if self.act == "linear" else bias_act(y, act=self.act)
+        # x bears the weight's scale: it is smaller, and the weight's gradient then needs no scaling either
+        y = torch.addmm(self.bias * self.bias_gain, x * self.weight_gain, self.weight.t())
+        return y if self.act == "linear" else F.leaky_relu(y, 0.2)
 
 
 class Conv(nn.Module):
     """Equalised k×k convolution with resampling, bias, activation and clamp: x [N, in, h, w] → [N, out, h', w'].
 
     `gain` multiplies the result (and the clamp), as the branches of a residual block need. A convolution without
-    bias is plain linear: its gain is folded into the weight, and nothing is clamped.
+    bias is plain linear, and nothing is clamped.
     """
 
     def __init__(
@@ -87,18 +88,18 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         register_filter(self)
         self.up, self.down = up, down
-        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2) * (1.0 if bias else gain)
-        self.act_gain = math.sqrt(2) * gain
+        # lrelu(x)·gain = lrelu(x·gain): every gain is folded into weight and bias, which are smaller than the activations
+        self.act_gain = math.sqrt(2) * gain if bias else gain
+        self.weight_gain = self.act_gain / math.sqrt(in_channels * kernel_size**2)
         self.clamp = None if clamp is None else clamp * gain
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual` [N, out, h', w'] is added last, after the clamp."""
-        weight = (self.weight * self.weight_gain).to(x.dtype)
         resampled = self.up > 1 or self.down > 1
-        x = conv2d(x, weight, up=self.up, down=self.down, f=self.taps if resampled else None)
+        x = conv2d(x, self.weight * self.weight_gain, up=self.up, down=self.down, f=self.taps if resampled else None)
         if self.bias is None:
             return x
-        return bias_act(x, self.bias, act="lrelu", gain=self.act_gain, clamp=self.clamp, residual=residual)
+        return bias_act(x, self.bias * self.act_gain, act="lrelu", gain=1, clamp=self.clamp, residual=residual)
 
 
 class SynthesisLayer(nn.Module):

@@ -85,7 +85,8 @@ class _WeightGradient(torch.autograd.Function):
     def forward(ctx, x, g, k, stride, padding):
         ctx.save_for_backward(x, g)
         ctx.stride, ctx.padding = stride, padding
-        w = x.new_empty(g.shape[1], x.shape[1], k, k)  # read for its shape only
+        # read for its shape and layout only
+        w = torch.empty(g.shape[1], x.shape[1], k, k, dtype=x.dtype, device=x.device, memory_format=_layout(x))
         s, p = [stride] * 2, [padding] * 2
         mask = [False, True, False]
         return torch.ops.aten.convolution_backward(g, x, w, None, s, p, [1, 1], False, [0, 0], 1, mask)[1]
@@ -126,14 +127,34 @@ def conv2d(x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor |
     """
     check_conv2d(x, weight, up, down, f)
     launch.backend()
-    k, weight = weight.shape[-1], weight.to(x.dtype)
+    k = weight.shape[-1]
     if down == 2 and k == 1:
         x = downsample2d(x, f)
     elif down == 2:
         x = upfirdn2d(x, f, padding=_sides(f, down_padding, 1, 1))
     if up == 2 and k == 3:
-        x = _Convolution.apply(x, weight.transpose(0, 1), 2, 0, True, [0, 0])
+        x = _Convolution.apply(x, _like(weight.transpose(0, 1), x), 2, 0, True, [0, 0])
         return upfirdn2d(x, f, padding=_sides(f, up_padding, -1, 0), gain=4)
-    stride, padding = (2, 0) if down == 2 and k == 3 else (1, k // 2)
-    x = _Convolution.apply(x, weight, stride, padding, False, [0, 0])
+    if k == 1:
+        x = _pointwise(x, weight.to(x.dtype))
+    else:
+        stride, padding = (2, 0) if down == 2 else (1, k // 2)
+        x = _Convolution.apply(x, _like(weight, x), stride, padding, False, [0, 0])
     return upsample2d(x, f) if up == 2 else x
+
+
+def _like(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the dtype and layout of x: once here, or else once more in each gradient."""
+    return weight.to(x.dtype, memory_format=_layout(x))
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    is_nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_nhwc else torch.contiguous_format
+
+
+def _pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """A 1×1 convolution. In channels_last it is a matrix product, up to twice as fast; its gradients are too."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+    return _Convolution.apply(x, weight, 1, 0, False, [0, 0])
