@@ -8,8 +8,9 @@ relu, gain, clamp.
 
 import torch
 import torch.nn.functional as F
-from hsrgan.kernels import launch
 from torch import Tensor
+
+from hsrgan.kernels import launch
 
 SQRT2 = 2**0.5
 DEFAULT_GAIN = {"lrelu": SQRT2, "relu": SQRT2, "swish": SQRT2, "linear": 1.0, "tanh": 1.0, "sigmoid": 1.0}

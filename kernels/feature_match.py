@@ -8,9 +8,10 @@ when it does not.
 """
 
 import torch.nn.functional as F
+from torch import Tensor
+
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import SQRT2
-from torch import Tensor
 
 DISTANCES = ("mse", "cosine")
 

@@ -8,8 +8,9 @@ A true convolution with f, or, with flip_filter, a correlation; both are one for
 
 import torch
 import torch.nn.functional as F
-from hsrgan.kernels import launch
 from torch import Tensor
+
+from hsrgan.kernels import launch
 
 Pair = int | tuple[int, int] | list[int]
 

@@ -141,7 +141,7 @@ def check_agreement(mine: Contender, rival: Contender) -> float:
 
 
 class FlopCount(TorchDispatchMode):
-    """Adds up the convolutions and matrix products run inside (FlopCounterMode's module hooks refuse inner gradients)."""
+    """Adds up the convolutions and matrix products run inside; FlopCounterMode itself refuses inner gradients."""
 
     total = 0
 
