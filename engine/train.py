@@ -129,9 +129,7 @@ def _check_writable(run_dir: Path) -> None:
 
 
 def _dataset(data: Data) -> Manifest:
-    shards = data.shards or ensure_digits(
-        Path("datasets") / f"digits-{data.resolution}", data.resolution, data.channels
-    )
+    shards = data.shards or ensure_digits("datasets", data.resolution, data.channels)
     manifest = load_manifest(shards)
     manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
     return manifest

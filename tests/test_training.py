@@ -216,7 +216,7 @@ def test_user_mistakes_get_one_line(workspace, reference, tmp_path):
     expect_error(workspace, "batch=18", "accumulation=4", naming="batch")
     expect_error(workspace, "data.builtin=null", f"data.shards={tmp_path}", naming=str(tmp_path))
     packed = next((workspace / "datasets").glob("digits-16*"))
-    expect_error(workspace, "data.builtin=null", f"data.shards={packed}", "data.resolution=32", naming="16×16")
+    expect_error(workspace, "data.builtin=null", f"data.shards={packed}", "data.resolution=32", naming="16x16")
     expect_error(workspace, "run_dir=reference", "generator.w_dim=8", naming="generator.w_dim")
     expect_error(workspace, "run_dir=other", f"init_from={reference}", "generator.w_dim=8", naming="does not fit")
     (tmp_path / "file").write_text("")
