@@ -8,8 +8,9 @@ relu, gain, clamp.
 
 import torch
 import torch.nn.functional as F
-from hsrgan.kernels import launch
 from torch import Tensor
+
+from hsrgan.kernels import launch
 
 SQRT2 = 2**0.5
 DEFAULT_GAIN = {"lrelu": SQRT2, "relu": SQRT2, "swish": SQRT2, "linear": 1.0, "tanh": 1.0, "sigmoid": 1.0}
@@ -193,6 +194,9 @@ def bias_act(
             next_style=next_style, residual=residual,
         )  # fmt: skip
     slope = SLOPE[act] if alpha is None else alpha
+    if clamp is not None:
+        # to a value that the dtype holds: in bfloat16 0.7 becomes 0.6992, which a comparison with 0.7 calls unclamped
+        clamp = torch.tensor(clamp, dtype=x.dtype).item()
     y = _PiecewiseLinear.apply(x, bias, demod, noise, strength, slope, gain, clamp)
     y = y if next_style is None else y * _pairs(next_style, y)
     return y if residual is None else y + residual

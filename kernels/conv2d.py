@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from hsrgan.kernels import launch
 from hsrgan.kernels.upfirdn2d import (
     down_padding,
@@ -24,7 +26,6 @@ from hsrgan.kernels.upfirdn2d import (
     upsample2d,
     upsample2d_torch,
 )
-from torch import Tensor
 
 
 def conv2d_torch(x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor | None = None) -> Tensor:

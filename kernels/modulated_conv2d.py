@@ -7,10 +7,11 @@ The right-hand form needs no weights per sample: scale the input, one shared con
 """
 
 import torch
+from torch import Tensor
+
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import bias_act, bias_act_torch
 from hsrgan.kernels.conv2d import check_conv2d, conv2d, conv2d_torch
-from torch import Tensor
 
 EPS = 1e-8
 

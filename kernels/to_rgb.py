@@ -3,10 +3,11 @@
 y = upsample(image) + fp32(clamp(w ⋆ (x·s) + bias))        w is 1×1, no demodulation, linear
 """
 
+from torch import Tensor
+
 from hsrgan.kernels import launch
 from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch
 from hsrgan.kernels.upfirdn2d import upsample2d, upsample2d_torch
-from torch import Tensor
 
 
 def to_rgb_torch(

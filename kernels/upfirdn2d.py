@@ -8,8 +8,9 @@ A true convolution with f, or, with flip_filter, a correlation; both are one for
 
 import torch
 import torch.nn.functional as F
-from hsrgan.kernels import launch
 from torch import Tensor
+
+from hsrgan.kernels import launch
 
 Pair = int | tuple[int, int] | list[int]
 
@@ -72,7 +73,9 @@ def _filter(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int], si
         y = F.conv_transpose2d(x.to(wide), f.to(wide).expand(c, 1, a, b), stride=up[::-1], padding=pad, groups=c)
         y = y.to(x.dtype)
         return y if even else F.pad(y, [-side for side in crop])
-    return upfirdn2d_torch(x, f, up=up, down=down, padding=sides)
+    y = upfirdn2d_torch(x, f, up=up, down=down, padding=sides)
+    is_nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    return y.contiguous(memory_format=torch.channels_last if is_nhwc else torch.contiguous_format)
 
 
 class _UpFirDn(torch.autograd.Function):

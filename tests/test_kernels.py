@@ -1,0 +1,426 @@
+"""Every public op against its definition in fp64, its first and second gradients, its precision and its refusals.
+
+The truth is `op_torch` in fp64, itself held to literal constructions of the resampling, the modulation and the area
+resize. A dtype's tolerance is twice the error that the definition makes in that dtype.
+"""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from hsrgan import kernels
+
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+TAPS = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
+SKEW = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]], dtype=torch.float64) / 22  # neither symmetric nor separable
+conv2d_module = sys.modules["hsrgan.kernels.conv2d"]
+feature_match_module = sys.modules["hsrgan.kernels.feature_match"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The tensors are tiny: a second thread would only wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def in_format(tensors, memory_format):
+    return [t.contiguous(memory_format=memory_format) if t.ndim == 4 else t for t in tensors]
+
+
+def bias_act_case(n, c, h, w, **options):
+    names = ("x", "bias", "demod", "noise", "strength", "next_style", "residual")
+    noise = (n, 1, h, w)
+    shapes = ((n, c, h, w), (c,), (n, c), noise, (1,), (n, c), (n, c, h, w))
+    tensors = [normal(*shape) for shape in shapes]
+    return "bias_act", tensors, lambda op: lambda *t: op(**dict(zip(names, t, strict=True)), **options)
+
+
+def upfirdn2d_case(n, c, h, w, f, **options):
+    return "upfirdn2d", [normal(n, c, h, w)], lambda op: lambda x: op(x, f, **options)
+
+
+def conv2d_case(n, c, h, w, k, **options):
+    return "conv2d", [normal(n, c, h, w), normal(c + 1, c, k, k)], lambda op: lambda x, w: op(x, w, f=TAPS, **options)
+
+
+def modulated_case(n, c, h, w, up, **options):
+    shapes = ((n, c, h, w), (c + 1, c, 3, 3), (n, c), (n, 1, up * h, up * w), (1,), (c + 1,))
+    return (
+        "modulated_conv2d",
+        [normal(*shape) for shape in shapes],
+        lambda op: lambda x, w, s, noise, strength, bias: op(
+            x, w, s, up=up, f=TAPS, noise=noise, strength=strength, bias=bias, **options
+        ),
+    )
+
+
+def to_rgb_case(n, c, h, w, scale, **options):
+    shapes = ((n, c, h, w), (3, c, 1, 1), (n, c), (3,), (n, 3, h // scale, w // scale))
+    return (
+        "to_rgb",
+        [normal(*shape) for shape in shapes],
+        lambda op: lambda x, w, s, bias, image: op(x, w, s, bias, image=image, f=TAPS, **options),
+    )
+
+
+def resample_case(name, n, c, h, w):
+    return name, [normal(n, c, h, w)], lambda op: lambda x: op(x, TAPS, gain=1.5)
+
+
+ACTS = ("lrelu", "relu", "linear", "swish", "tanh", "sigmoid")
+CASES = {
+    **{f"bias_act-{act}": lambda n, h, w, act=act: bias_act_case(n, 3, h, w, act=act) for act in ACTS},
+    "bias_act-clamped": lambda n, h, w: bias_act_case(n, 3, h, w, clamp=0.7, gain=0.9, alpha=0.3),
+    "bias_act-linear-clamped": lambda n, h, w: bias_act_case(n, 3, h, w, act="linear", clamp=0.7),
+    "bias_act-negative-gain": lambda n, h, w: bias_act_case(n, 3, h, w, gain=-0.5),
+    "upfirdn2d-blur": lambda n, h, w: upfirdn2d_case(n, 3, h, w, TAPS, padding=2),
+    "upfirdn2d-up": lambda n, h, w: upfirdn2d_case(n, 3, h, w, SKEW, up=2, padding=(2, 1, 0, 3), gain=4),
+    "upfirdn2d-down": lambda n, h, w: upfirdn2d_case(n, 3, h, w, SKEW, down=2, padding=(1, 2, -1, 3), flip_filter=True),
+    "upfirdn2d-both": lambda n, h, w: upfirdn2d_case(n, 3, h, w, SKEW, up=(2, 3), down=(3, 2), padding=2),
+    "upfirdn2d-crop": lambda n, h, w: upfirdn2d_case(n, 3, h, w, None, up=(1, 2), padding=(-1, 0, 0, -1)),
+    "upsample2d": lambda n, h, w: resample_case("upsample2d", n, 3, h, w),
+    "downsample2d": lambda n, h, w: resample_case("downsample2d", n, 3, h, w),
+    **{f"conv2d-{k}x{k}": lambda n, h, w, k=k: conv2d_case(n, 3, h, w, k) for k in (1, 3, 5)},
+    **{f"conv2d-{k}x{k}-up": lambda n, h, w, k=k: conv2d_case(n, 3, h, w, k, up=2) for k in (1, 3)},
+    **{f"conv2d-{k}x{k}-down": lambda n, h, w, k=k: conv2d_case(n, 3, h, w, k, down=2) for k in (1, 3)},
+    "modulated_conv2d": lambda n, h, w: modulated_case(n, 3, h, w, 1),
+    "modulated_conv2d-up": lambda n, h, w: modulated_case(n, 3, h, w, 2, clamp=1.5),
+    "modulated_conv2d-plain": lambda n, h, w: modulated_case(n, 3, h, w, 1, demodulate=False, act="linear"),
+    "to_rgb": lambda n, h, w: to_rgb_case(n, 3, h, w, 1, clamp=2.0),
+    "to_rgb-up": lambda n, h, w: to_rgb_case(n, 3, 2 * h, 2 * w, 2),
+}
+
+
+@pytest.mark.parametrize("size", [(2, 6, 6), (1, 5, 7), (3, 8, 3)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", CASES)
+def test_op_equals_its_definition_with_all_gradients(case, memory_format, size):
+    name, tensors, call = CASES[case](*size)
+    results = []
+    for op in (getattr(kernels, name), getattr(kernels, f"{name}_torch")):
+        inputs = [t.detach().requires_grad_() for t in in_format(tensors, FORMATS[memory_format])]
+        y = call(op)(*inputs)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
+    for fast, truth in zip(*results, strict=True):
+        torch.testing.assert_close(fast, truth, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", CASES)
+def test_op_is_differentiable_twice(case, memory_format):
+    name, tensors, call = CASES[case](2, 4, 3)
+    inputs = [t.detach().requires_grad_() for t in in_format(tensors, FORMATS[memory_format])]
+    function = call(getattr(kernels, name))
+    assert gradcheck(function, inputs, fast_mode=True)
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", ["bias_act-clamped", "upfirdn2d-up", "conv2d-3x3-down", "modulated_conv2d-up"])
+def test_every_entry_of_both_derivatives(case):
+    """The slow mode of gradcheck looks at each entry instead of at one random projection."""
+    name, tensors, call = CASES[case](1, 3, 2)
+    inputs = [t.detach().requires_grad_() for t in in_format(tensors, torch.channels_last)]
+    function = call(getattr(kernels, name))
+    assert gradcheck(function, inputs) and gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "case",
+    ["bias_act-lrelu", "bias_act-clamped", "upfirdn2d-blur", "upsample2d", "downsample2d", "conv2d-1x1-down",
+     "conv2d-3x3", "conv2d-3x3-up", "conv2d-3x3-down", "modulated_conv2d", "modulated_conv2d-up", "to_rgb-up"],
+)  # fmt: skip
+def test_error_is_at_most_twice_that_of_the_definition(case, dtype):
+    """Root mean square over eight draws of the output and of each gradient, against fp64 on the same (rounded) inputs.
+
+    Four fp32 roundings are free: sums are taken in another order.
+    """
+    errors, truths = {}, {}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        name, tensors, call = CASES[case](4, 16, 12)
+        definition = getattr(kernels, f"{name}_torch")
+        # x (and what is added to it) in the dtype under test; weights, styles, noise and images stay fp32 as in a model
+        low = {"bias_act": (0, 6)}.get(name, (0,))
+        rounded = [t.to(dtype if i in low else torch.float32) for i, t in enumerate(tensors)]
+        results = {}
+        for key, op, dtypes in (
+            ("truth", definition, [torch.float64] * len(rounded)),
+            ("own", definition, [t.dtype for t in rounded]),
+            ("fast", getattr(kernels, name), [t.dtype for t in rounded]),
+        ):
+            inputs = [t.to(d).requires_grad_() for t, d in zip(rounded, dtypes, strict=True)]
+            y = call(op)(*in_format(inputs, torch.channels_last))
+            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(y.dtype)
+            results[key] = [y, *torch.autograd.grad((y * weights).sum(), inputs)]
+        for i, truth in enumerate(results["truth"]):
+            truths[i] = truths.get(i, 0) + truth.square().sum()
+            for key in ("own", "fast"):
+                assert results[key][i].isfinite().all()
+                errors[key, i] = errors.get((key, i), 0) + (results[key][i].double() - truth).square().sum()
+    free = 4 * torch.finfo(torch.float32).eps
+    for i in truths:
+        own, fast = (errors["own", i] / truths[i]).sqrt(), (errors["fast", i] / truths[i]).sqrt()
+        assert fast <= 2 * own + free, f"output {i}: {fast:.2e} against the definition's {own:.2e}"
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("case", CASES)
+def test_op_keeps_the_memory_format(case, memory_format):
+    name, tensors, call = CASES[case](2, 6, 6)
+    y = call(getattr(kernels, name))(*in_format(tensors, FORMATS[memory_format]))
+    assert y.is_contiguous(memory_format=FORMATS[memory_format])
+
+
+def test_gradients_come_in_the_layout_of_the_activations():
+    """A loss on a flattened map sends an NCHW gradient; without care the whole backward pass would run in NCHW."""
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = kernels.bias_act(kernels.conv2d(x, torch.randn(4, 4, 3, 3)), clamp=256)
+    (gradient,) = torch.autograd.grad(y.flatten(1) @ torch.randn(256, 1), x, torch.ones(2, 1))
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+# Literal constructions of numerics §1
+
+
+def literal_fir(x, f, pads, gain):
+    """Pad by (before, after) on both axes, then add up shifted copies. f is symmetric."""
+    x = F.pad(x, (*pads, *pads))
+    h, w = x.shape[2] - 3, x.shape[3] - 3
+    kernel = torch.outer(f, f) * gain
+    return sum(kernel[a, b] * x[:, :, a : a + h, b : b + w] for a in range(4) for b in range(4))
+
+
+def zeros_between(x):
+    y = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    y[:, :, ::2, ::2] = x
+    return y
+
+
+def literal_conv2d(x, w, up, down):
+    if w.shape[-1] == 1:
+        if up == 2:
+            return literal_fir(zeros_between(F.conv2d(x, w)), TAPS, (2, 1), 4)
+        return F.conv2d(literal_fir(x, TAPS, (1, 1), 1)[:, :, ::2, ::2], w)
+    if up == 2:
+        return literal_fir(F.conv_transpose2d(x, w.transpose(0, 1), stride=2), TAPS, (1, 1), 4)
+    return F.conv2d(literal_fir(x, TAPS, (2, 2), 1), w, stride=2)
+
+
+@pytest.mark.parametrize("op", [kernels.conv2d, kernels.conv2d_torch], ids=["op", "definition"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("up", "down"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("f", [TAPS, torch.outer(TAPS, TAPS)], ids=["taps", "square"])
+def test_resampling_geometry_of_convolutions(op, k, up, down, f):
+    x, w = normal(2, 3, 8, 6), normal(5, 3, k, k)
+    y = op(x, w, up=up, down=down, f=f)
+    assert y.shape[2:] == (8 * up // down, 6 * up // down)
+    torch.testing.assert_close(y, literal_conv2d(x, w, up, down), rtol=1e-12, atol=1e-12)
+
+
+def test_resampling_geometry_of_images():
+    x = normal(2, 3, 8, 6)
+    torch.testing.assert_close(kernels.upsample2d(x, TAPS), literal_fir(zeros_between(x), TAPS, (2, 1), 4))
+    torch.testing.assert_close(kernels.downsample2d(x, TAPS), literal_fir(x, TAPS, (1, 1), 1)[:, :, ::2, ::2])
+    flat = torch.ones(1, 1, 8, 8, dtype=torch.float64)
+    assert torch.allclose(kernels.upsample2d(flat, TAPS)[..., 2:-2, 2:-2], flat.new_ones(()))  # brightness is kept
+
+
+def test_upfirdn2d_is_a_convolution_unless_flipped():
+    """An impulse shows the filter as it is, or mirrored."""
+    x = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
+    x[0, 0, 2, 2] = 1
+    convolved = kernels.upfirdn2d(x, SKEW, padding=(2, 2, 1, 1))[0, 0]
+    torch.testing.assert_close(convolved[2:4, 2:5], SKEW)
+    correlated = kernels.upfirdn2d(x, SKEW, padding=(2, 2, 1, 1), flip_filter=True)[0, 0]
+    torch.testing.assert_close(correlated[2:4, 2:5], SKEW.flip(0, 1))
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_modulation_equals_weights_per_sample(up):
+    x, w, s = normal(3, 4, 5, 5), normal(6, 4, 3, 3), normal(3, 4)
+    rows = []
+    for i in range(3):
+        own = w * s[i][None, :, None, None]
+        own = own / (own.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        rows.append(literal_conv2d(x[i : i + 1], own, 2, 1) if up == 2 else F.conv2d(x[i : i + 1], own, padding=1))
+    y = kernels.modulated_conv2d(x, w, s, up=up, f=TAPS, act="linear")
+    torch.testing.assert_close(y, torch.cat(rows), rtol=1e-10, atol=1e-10)
+
+
+def test_fp16_modulation_does_not_overflow():
+    """Style and weight far beyond fp16's products: demodulation makes them harmless, as both are normalised first."""
+    x, w, s = torch.randn(2, 64, 4, 4), torch.randn(8, 64, 3, 3) * 1e3, torch.randn(2, 64) * 1e4
+    truth = kernels.modulated_conv2d_torch(x.double(), w.double(), s.double())
+    y = kernels.modulated_conv2d(x.half(), w, s)
+    assert (y.double() - truth).abs().max() < 0.01 * truth.abs().max()
+
+
+def test_to_rgb_accumulates_the_image_in_fp32():
+    x, w, s = torch.randn(2, 8, 4, 4).bfloat16(), torch.randn(3, 8, 1, 1), torch.randn(2, 8)
+    image = torch.full((2, 3, 4, 4), 1000.001)
+    y = kernels.to_rgb(x, w, s, image=image)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y - image, kernels.to_rgb(x, w, s), rtol=0, atol=1e-4)
+
+
+def network(x, w, style):
+    """Two layers of each sort, so that gradients pass through convolutions that have weights."""
+    x = kernels.modulated_conv2d(x, w[0] * 1.0, style, up=2, f=TAPS)
+    x = kernels.modulated_conv2d(x, w[0], style)
+    x = kernels.bias_act(kernels.conv2d(x, w[1] * 1.0), clamp=256)
+    return kernels.bias_act(kernels.conv2d(x, w[1], down=2, f=TAPS), clamp=256)
+
+
+@pytest.mark.parametrize("wrt", ["images", "styles"])
+def test_penalties_compute_no_weight_gradient_that_is_thrown_away(wrt, monkeypatch):
+    """R1 (images) and path length (styles): none in the inner derivative, and after it those of the penalty."""
+    calls = []
+    forward = conv2d_module._WeightGradient.forward
+
+    def counted(ctx, *args):
+        calls.append(1)
+        return forward(ctx, *args)
+
+    monkeypatch.setattr(conv2d_module._WeightGradient, "forward", staticmethod(counted))
+    x, style = normal(2, 3, 4, 4).requires_grad_(), normal(2, 3).requires_grad_()
+    weights = [normal(3, 3, 3, 3).requires_grad_() for _ in range(2)]
+    y = network(x, weights, style)
+    (inner,) = torch.autograd.grad(y.sum(), x if wrt == "images" else style, create_graph=True)
+    assert len(calls) == 0
+    inner.square().sum().backward()
+    assert len(calls) >= 4
+    assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in weights)
+    calls.clear()
+    network(x, weights, style).sum().backward()
+    assert len(calls) == 4  # one a convolution: an ordinary backward pass wants them all
+
+
+# feature_match
+
+
+def hsr_tensors(n, c, size, grid, dtype=torch.float64):
+    shapes = ((n, c, *size), (40, c, 1, 1), (40,), (7, 40, 1, 1), (7,), (n, 7, *grid))
+    return [torch.randn(*shape, dtype=dtype) for shape in shapes]
+
+
+def literal_bins(size, bins):
+    return [range(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
+
+
+@pytest.mark.parametrize("distance", ["mse", "cosine"])
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [((64, 64), (14, 14)), ((16, 16), (14, 14)), ((8, 8), (14, 14)), ((8, 8), (8, 8)), ((6, 9), (4, 12))],
+    ids=lambda s: "x".join(map(str, s)),
+)
+def test_feature_match_equals_its_definition(size, grid, distance):
+    *inputs, target = hsr_tensors(3, 5, size, grid)
+    results = []
+    for op in (kernels.feature_match, kernels.feature_match_torch):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        loss = op(*leaves, target, distance=distance)
+        results.append([loss, *torch.autograd.grad(loss * 3, leaves)])
+    for fast, truth in zip(*results, strict=True):
+        torch.testing.assert_close(fast, truth, rtol=1e-10, atol=1e-12)
+
+
+def test_feature_match_pools_as_numerics_says():
+    x, w1, b1, w2, b2, target = hsr_tensors(2, 3, (8, 5), (14, 3))
+    hidden = F.relu(F.conv2d(x, w1, b1)) * 2**0.5
+    prediction = F.conv2d(hidden, w2, b2)
+    pooled = torch.empty_like(target)
+    for i, rows in enumerate(literal_bins(8, 14)):
+        for j, columns in enumerate(literal_bins(5, 3)):
+            cells = [prediction[:, :, r, c] for r in rows for c in columns]
+            pooled[:, :, i, j] = torch.stack(cells).mean(0)
+    expected = (pooled - target).square().mean()
+    torch.testing.assert_close(kernels.feature_match(x, w1, b1, w2, b2, target), expected, rtol=1e-12, atol=0)
+
+
+def test_feature_match_of_a_few_images_at_a_time(monkeypatch):
+    """Cut into chunks of 2, 2 and 1 images the loss and its gradients stay the same."""
+    *inputs, target = hsr_tensors(5, 3, (6, 6), (4, 4))
+    results = []
+    for hidden_values in (2**24, 2 * 40 * 36):
+        monkeypatch.setattr(feature_match_module, "HIDDEN_VALUES", hidden_values)
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        loss = kernels.feature_match(*leaves, target)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_feature_match_computes_what_is_wanted_and_no_second_order():
+    *inputs, target = hsr_tensors(2, 3, (6, 6), (4, 4))
+    target.requires_grad_()
+    heads = [t.requires_grad_() for t in inputs[1:]]
+    loss = kernels.feature_match(inputs[0], *heads, target)  # the control arm: x detached
+    loss.backward()
+    assert inputs[0].grad is None and target.grad is None
+    assert all(t.grad.abs().sum() > 0 for t in heads)
+    assert not kernels.feature_match(*[t.detach() for t in inputs], target).requires_grad
+    with pytest.raises(RuntimeError, match="differentiable once only"):
+        torch.autograd.grad(kernels.feature_match(inputs[0], *heads, target), heads[0], create_graph=True)
+
+
+# Refusals
+
+X, W, S = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("x must be", lambda: kernels.bias_act(torch.zeros(2, 3, 4, 4, dtype=torch.int32))),
+        ("bias must have shape \\[3\\]", lambda: kernels.bias_act(X, torch.zeros(4))),
+        ("demod must have shape", lambda: kernels.bias_act(X, demod=torch.zeros(2, 4))),
+        ("next_style must have shape", lambda: kernels.bias_act(X, next_style=torch.zeros(3, 3))),
+        ("residual must have shape", lambda: kernels.bias_act(X, residual=torch.zeros(2, 3, 4, 5))),
+        ("noise must have shape", lambda: kernels.bias_act(X, noise=torch.zeros(2, 3, 4, 4))),
+        ("strength needs noise", lambda: kernels.bias_act(X, strength=torch.zeros(1))),
+        ("act must be one of", lambda: kernels.bias_act(X, act="gelu")),
+        ("alpha is the slope", lambda: kernels.bias_act(X, act="relu", alpha=0.1)),
+        ("clamp must be positive", lambda: kernels.bias_act(X, clamp=0.0)),
+        ("x must be", lambda: kernels.upfirdn2d(X[0], TAPS)),
+        ("f must be", lambda: kernels.upfirdn2d(X, TAPS[None, None])),
+        ("up must be", lambda: kernels.upfirdn2d(X, TAPS, up=0)),
+        ("padding must be", lambda: kernels.upfirdn2d(X, TAPS, padding=(1, 2, 3))),
+        ("weight must be", lambda: kernels.conv2d(X, torch.randn(5, 4, 3, 3))),
+        ("weight must be", lambda: kernels.conv2d(X, torch.randn(5, 3, 2, 2))),
+        ("up and down", lambda: kernels.conv2d(X, W, up=2, down=2, f=TAPS)),
+        ("takes 1×1 and 3×3", lambda: kernels.conv2d(X, torch.randn(5, 3, 5, 5), up=2, f=TAPS)),
+        ("f, a 1-d or 2-d filter, is needed", lambda: kernels.conv2d(X, W, down=2)),
+        ("style must have shape", lambda: kernels.modulated_conv2d(X, W, torch.zeros(2, 4))),
+        ("weight must have shape", lambda: kernels.to_rgb(X, W, S)),
+        ("image must be", lambda: kernels.to_rgb(X, W[:, :, :1, :1], S, image=torch.zeros(2, 5, 3, 3))),
+        ("f is needed", lambda: kernels.to_rgb(X, W[:, :, :1, :1], S, image=torch.zeros(2, 5, 2, 2))),
+        ("w2 must have shape", lambda: kernels.feature_match(*hsr_tensors(2, 3, (4, 4), (2, 2))[:3], W, W, X)),
+        ("distance must be", lambda: kernels.feature_match(*hsr_tensors(2, 3, (4, 4), (2, 2)), distance="l1")),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_backend_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="triton backend does not exist yet"), kernels.use_backend("triton"):
+        kernels.conv2d(X, W)
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"), kernels.use_backend("cuda"):
+        kernels.conv2d(X, W)
+    with kernels.use_backend("torch"):
+        assert kernels.backend() == "torch"
+    assert kernels.conv2d(X, W).shape == (2, 5, 4, 4)
