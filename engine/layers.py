@@ -88,8 +88,7 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         register_filter(self)
         self.up, self.down = up, down
-        # lrelu(x)·gain = lrelu(x·gain): every gain is folded into weight and bias, which are smaller than the
-        # activations
+        # lrelu(x)·gain = lrelu(x·gain): every gain is folded into weight and bias, smaller than the activations
         self.act_gain = math.sqrt(2) * gain if bias else gain
         self.weight_gain = self.act_gain / math.sqrt(in_channels * kernel_size**2)
         self.clamp = None if clamp is None else clamp * gain

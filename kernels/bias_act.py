@@ -197,6 +197,9 @@ def bias_act(
             next_style=next_style, residual=residual,
         )  # fmt: skip
     slope = SLOPE[act] if alpha is None else alpha
+    if clamp is not None:
+        # to a value that the dtype holds: in bfloat16 0.7 becomes 0.6992, which a comparison with 0.7 calls unclamped
+        clamp = torch.tensor(clamp, dtype=x.dtype).item()
     y = _PiecewiseLinear.apply(x, bias, demod, noise, strength, slope, gain, clamp)
     y = y if next_style is None else y * _pairs(next_style, y)
     return y if residual is None else y + residual

@@ -143,9 +143,12 @@ def test_every_entry_of_both_derivatives(case):
      "conv2d-3x3", "conv2d-3x3-up", "conv2d-3x3-down", "modulated_conv2d", "modulated_conv2d-up", "to_rgb-up"],
 )  # fmt: skip
 def test_error_is_at_most_twice_that_of_the_definition(case, dtype):
-    """Root mean square over outputs and gradients of three draws, against fp64 on the same (rounded) inputs."""
-    squares = {}
-    for seed in range(3):
+    """Root mean square over eight draws of the output and of each gradient, against fp64 on the same (rounded) inputs.
+
+    Four fp32 roundings are free: sums are taken in another order.
+    """
+    errors, truths = {}, {}
+    for seed in range(8):
         torch.manual_seed(seed)
         name, tensors, call = CASES[case](4, 16, 12)
         definition = getattr(kernels, f"{name}_torch")
@@ -160,21 +163,17 @@ def test_error_is_at_most_twice_that_of_the_definition(case, dtype):
         ):
             inputs = [t.to(d).requires_grad_() for t, d in zip(rounded, dtypes, strict=True)]
             y = call(op)(*in_format(inputs, torch.channels_last))
-            weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(dtype).to(y.dtype)
+            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(y.dtype)
             results[key] = [y, *torch.autograd.grad((y * weights).sum(), inputs)]
-        for key in ("own", "fast"):
-            for i, (value, truth) in enumerate(zip(results[key], results["truth"], strict=True)):
-                assert value.isfinite().all()
-                square = (value.double() - truth).square().mean() / truth.square().mean()
-                squares[key, i] = squares.get((key, i), 0) + square
-    eps = torch.finfo(dtype).eps
-    for i in range(len(results["fast"])):
-        own, fast = squares["own", i].sqrt(), squares["fast", i].sqrt()
-        # a single number's error is one draw, not a mean; sums over pixels accumulate in fp32 in another order and
-        # cancel; and half precision decides by a rounding on which side of a kink a few values of a gradient lie
-        factor = 2 if results["fast"][i].numel() > 1 else 4
-        bound = factor * own + (2 * eps if i else eps / 4) + 16 * torch.finfo(torch.float32).eps
-        assert fast <= bound, f"output {i}: {fast:.2e} against the definition's {own:.2e}"
+        for i, truth in enumerate(results["truth"]):
+            truths[i] = truths.get(i, 0) + truth.square().sum()
+            for key in ("own", "fast"):
+                assert results[key][i].isfinite().all()
+                errors[key, i] = errors.get((key, i), 0) + (results[key][i].double() - truth).square().sum()
+    free = 4 * torch.finfo(torch.float32).eps
+    for i in truths:
+        own, fast = (errors["own", i] / truths[i]).sqrt(), (errors["fast", i] / truths[i]).sqrt()
+        assert fast <= 2 * own + free, f"output {i}: {fast:.2e} against the definition's {own:.2e}"
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -425,11 +424,3 @@ def test_the_backend_that_does_not_exist_is_refused():
     with kernels.use_backend("torch"):
         assert kernels.backend() == "torch"
     assert kernels.conv2d(X, W).shape == (2, 5, 4, 4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-def test_clamp_that_the_dtype_cannot_hold_still_stops_gradients(dtype):
-    """256·√½, the clamp of D's residual branch, lies between two values of either half precision."""
-    x = torch.full((1, 1, 1, 4), 1000.0, dtype=dtype).requires_grad_()
-    y = kernels.bias_act(x, act="lrelu", clamp=256 * 0.5**0.5)
-    assert torch.autograd.grad(y.sum(), x)[0].abs().max() == 0

@@ -1,9 +1,9 @@
 """The rival of bench_train.py: StyleGAN2 in plain PyTorch, as it is usually written.
 
 NCHW tensors, depthwise convolutions for every FIR, the built-in conv2d and conv_transpose2d and their built-in
-gradients, modulation by scaling the input and the output. Skip generator, residual discriminator, unconditional,
-fp32. Same keys and same arithmetic as engine.model: bench_train.py loads one state dict into both and compares before
-it times.
+gradients, modulation by scaling the input and the output. Skip generator, residual discriminator, unconditional, fp32.
+Same keys and same arithmetic as engine.model: bench_train.py loads one state dict into both and compares before it
+times.
 """
 
 import torch
