@@ -68,9 +68,6 @@ class _PiecewiseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, demod, noise, strength, slope, gain, clamp):
-        if clamp is not None:
-            # as the dtype of x holds it: y never meets a bound between two such values, whose gradient would leak
-            clamp = float(torch.tensor(clamp, dtype=x.dtype))
         shift = None if bias is None else (bias * gain).to(x.dtype).reshape((1, -1) + (1,) * (x.ndim - 2))
         if demod is not None:
             scale = _pairs(demod * gain, x)

@@ -424,3 +424,11 @@ def test_the_backend_that_does_not_exist_is_refused():
     with kernels.use_backend("torch"):
         assert kernels.backend() == "torch"
     assert kernels.conv2d(X, W).shape == (2, 5, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_clamp_that_the_dtype_cannot_hold_still_stops_gradients(dtype):
+    """256·√½, the clamp of D's residual branch, lies between two values of either half precision."""
+    x = torch.full((1, 1, 1, 4), 1000.0, dtype=dtype).requires_grad_()
+    y = kernels.bias_act(x, act="lrelu", clamp=256 * 0.5**0.5)
+    assert torch.autograd.grad(y.sum(), x)[0].abs().max() == 0
