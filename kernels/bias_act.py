@@ -186,7 +186,7 @@ def bias_act(
     Differentiable any number of times in every tensor argument. ValueError names an argument that does not fit.
     """
     check_bias_act(x, bias, demod, noise, strength, act, alpha, clamp, next_style, residual)
-    launch.backend()
+    launch.backend(x)
     gain = DEFAULT_GAIN[act] if gain is None else gain
     if act not in SLOPE or gain <= 0:
         return bias_act_torch(

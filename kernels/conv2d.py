@@ -127,7 +127,6 @@ def conv2d(x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor |
     filter, 2-d or 1-d separable, a constant. Differentiable any number of times in x and weight.
     """
     check_conv2d(x, weight, up, down, f)
-    launch.backend()
     k = weight.shape[-1]
     if down == 2 and k == 1:
         x = downsample2d(x, f)

@@ -1,23 +1,45 @@
-"""Which implementation an op runs, which gradients it must compute, and how it refuses its arguments."""
+"""Which implementation an op runs, how a Triton kernel is launched, and how an op refuses its arguments."""
 
+import contextlib
+import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "triton")
 
-_requested = os.environ.get("HSRGAN_BACKEND") or "torch"
+_requested = os.environ.get("HSRGAN_BACKEND") or None
+_recording: list["Launch"] | None = None
+_has_triton = importlib.util.find_spec("triton") is not None
 
 
-def backend() -> str:
-    """The backend the next op runs on: HSRGAN_BACKEND, or what `use_backend` set. ValueError if there is none."""
-    if _requested not in BACKENDS:
-        if _requested == "triton":
-            raise ValueError("the triton backend does not exist yet; unset HSRGAN_BACKEND or set it to torch")
+def backend(x: Tensor) -> str:
+    """The backend of an op on x: what HSRGAN_BACKEND or `use_backend` asks for, else triton on a GPU, torch elsewhere.
+
+    Triton takes CPU tensors in its interpreter only: TRITON_INTERPRET=1, set before the first op runs. ValueError for
+    a backend that does not exist or cannot run on x.
+    """
+    if _requested not in (None, *BACKENDS):
         raise ValueError(f"unknown backend {_requested!r}; HSRGAN_BACKEND takes one of: {', '.join(BACKENDS)}")
+    if _recording is not None:
+        return "triton"
+    if _requested is None:
+        if not x.is_cuda:
+            return "torch"
+        if not _has_triton:
+            warnings.warn("triton is not installed: the ops run in plain PyTorch; pip install triton", stacklevel=3)
+        return "triton" if _has_triton else "torch"
+    if _requested == "triton":
+        check(_has_triton, "the triton backend needs the package triton: pip install triton")
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        what = f"the triton backend runs on a GPU, or interpreted (TRITON_INTERPRET=1); x is on {x.device}"
+        check(x.is_cuda or interpreted, what)
     return _requested
 
 
@@ -25,12 +47,55 @@ def backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops inside the `with` block on backend `name`; ValueError if it does not exist."""
     global _requested
+    check(name in BACKENDS, f"unknown backend {name!r}; there are: {', '.join(BACKENDS)}")
     before, _requested = _requested, name
     try:
-        backend()
         yield
     finally:
         _requested = before
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel as `record` saw it: what an ahead-of-time build needs, and the static model."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]  # tensors (on the meta device) and numbers, in the kernel's order
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Inside the block ops take the triton backend but write their launches to the list instead of running them.
+
+    Meant for tensors on the meta device, which have shapes, strides and no memory.
+    """
+    global _recording
+    before, _recording = _recording, []
+    try:
+        yield _recording
+    finally:
+        _recording = before
+
+
+def run(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+) -> None:
+    """Launch a Triton kernel on the device of its first tensor; an empty grid launches nothing.
+
+    arguments: all that is not constexpr, in the kernel's order; constants: the constexprs by name.
+    """
+    if 0 in grid:
+        return
+    if _recording is not None:
+        _recording.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        return
+    first = next(t for t in arguments if isinstance(t, Tensor))
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
 
 
 def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:

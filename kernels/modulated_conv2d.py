@@ -76,7 +76,6 @@ def modulated_conv2d(
     """
     check_conv2d(x, weight, up, 1, f)
     launch.check_shape(style, "style", *x.shape[:2])
-    launch.backend()
     if demodulate and x.dtype == torch.float16:
         weight, style = normalize_for_half(weight, style)
     demod = demodulation(weight, style) if demodulate else None

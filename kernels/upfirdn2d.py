@@ -115,7 +115,7 @@ def upfirdn2d(
     """
     launch.check_images(x)
     launch.check(f is None or f.ndim in (1, 2), "f must be a 1-d or 2-d filter, or None")
-    launch.backend()
+    launch.backend(x)
     f = x.new_ones(1, 1) if f is None else f.detach()
     f = f.outer(f) if f.ndim == 1 else f
     f = ((f.flip(0, 1) if flip_filter else f) * gain).to(x)

@@ -416,14 +416,18 @@ def test_arguments_that_do_not_fit_are_named(message, call):
         call()
 
 
-def test_the_backend_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="triton backend does not exist yet"), kernels.use_backend("triton"):
-        kernels.conv2d(X, W)
-    with pytest.raises(ValueError, match="unknown backend 'cuda'"), kernels.use_backend("cuda"):
-        kernels.conv2d(X, W)
+def test_backend_is_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
+    assert kernels.backend(X) == "torch"  # on the CPU
     with kernels.use_backend("torch"):
-        assert kernels.backend() == "torch"
-    assert kernels.conv2d(X, W).shape == (2, 5, 4, 4)
+        assert kernels.backend(X) == "torch"
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"), kernels.use_backend("cuda"):
+        pass
+    with kernels.use_backend("triton"):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert kernels.backend(X) == "triton"
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="x is on cpu"):
+            kernels.bias_act(X)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
