@@ -133,13 +133,13 @@ class DiscriminatorEpilogue(nn.Module):
         self.fc = Linear(channels * 16, channels, act="lrelu")
         self.out = Linear(channels, cmap_dim or 1)
 
-    def forward(self, x: Tensor, img: Tensor, cmap: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, img: Tensor, cmap: Tensor | None, parts: int) -> Tensor:
         """x [N, C, 4, 4], img [N, img_channels, 4, 4] (`skip` only), cmap [N, cmap_dim] → logits [N, 1]."""
         dtype = self.fc.weight.dtype
         x = x.to(dtype)
         if self.fromrgb is not None:
             x = self.fromrgb(img.to(dtype), residual=x)
-        x = self.conv(append_minibatch_std(x, self.mbstd_group_size))
+        x = self.conv(append_minibatch_std(x, self.mbstd_group_size, parts))
         x = self.out(self.fc(x.flatten(1)))
         if cmap is not None:
             x = (x * cmap).sum(dim=1, keepdim=True) / math.sqrt(cmap.shape[1])

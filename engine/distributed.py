@@ -102,7 +102,7 @@ def lazy_adam(
     """
     ratio = interval / (interval + 1) if interval else 1.0
     # beta1 = 0 stays 0; ** is safe for both
-    return torch.optim.Adam(parameters, lr=lr * ratio, betas=(beta1**ratio, beta2**ratio), eps=eps)
+    return torch.optim.Adam(parameters, lr=lr * ratio, betas=(beta1**ratio, beta2**ratio), eps=eps, fused=True)
 
 
 class _Deliver(torch.autograd.Function):

@@ -178,18 +178,23 @@ class ToRGB(nn.Module):
         return to_rgb(x, self.weight, style, self.bias, clamp=self.clamp, image=image, f=taps)
 
 
-def append_minibatch_std(x: Tensor, group_size: int) -> Tensor:
+def append_minibatch_std(x: Tensor, group_size: int, parts: int = 1) -> Tensor:
     """Append to x [N, C, h, w] one channel that holds the mean deviation within each group (1710.10196 §3).
 
-    Groups are strided: with G = min(group_size, N) and M = N/G, group n is the samples n, n+M, n+2M, …
+    Groups are strided: with G = min(group_size, N) and M = N/G, group n is the samples n, n+M, n+2M, … A batch of
+    several `parts` of equal length gives each part the statistics it would have alone.
 
-    Raises ValueError where G does not divide N.
+    Raises ValueError where G does not divide N, or `parts` the batch.
     """
     n, _, h, w = x.shape
-    group = min(group_size, n)
-    if n % group:
-        raise ValueError(f"minibatch std: a batch of {n} cannot be cut into groups of {group} (mbstd_group_size)")
-    variance = x.unflatten(0, (group, n // group)).var(dim=0, correction=0)
-    std = (variance + 1e-8).sqrt().mean(dim=(1, 2, 3))
-    std = std.repeat(group).view(n, 1, 1, 1).expand(n, 1, h, w)
+    if n % parts:
+        raise ValueError(f"minibatch std: a batch of {n} cannot be cut into {parts} parts")
+    group = min(group_size, n // parts)
+    if n // parts % group:
+        raise ValueError(
+            f"minibatch std: a batch of {n // parts} cannot be cut into groups of {group} (mbstd_group_size)"
+        )
+    variance = x.unflatten(0, (parts, group, -1)).var(dim=1, correction=0)
+    std = (variance + 1e-8).sqrt().mean(dim=(2, 3, 4))
+    std = std[:, None].expand(-1, group, -1).reshape(n, 1, 1, 1).expand(n, 1, h, w)
     return torch.cat([x, std.contiguous(memory_format=torch.channels_last)], dim=1)  # cat keeps a format all share

@@ -298,8 +298,11 @@ class Discriminator(nn.Module):
         self.mapping = Mapping(0, c_dim, cmap_dim, None, mapping_layers) if c_dim > 0 else None
         self.b4 = DiscriminatorEpilogue(channels, cmap_dim=cmap_dim, mbstd_group_size=mbstd_group_size, **common)
 
-    def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        """Raises ValueError for an image or labels of another shape, or a batch that minibatch std cannot group."""
+    def forward(self, img: Tensor, c: Tensor | None = None, parts: int = 1) -> Tensor:
+        """`parts` batches of equal length, one after another in img and c, are scored as if each came alone.
+
+        Raises ValueError for an image or labels of another shape, or a batch that minibatch std cannot group.
+        """
         size = (self.img_channels, self.img_resolution, self.img_resolution)
         if img.ndim != 4 or img.shape[1:] != size:
             raise ValueError(f"img must be [N, {', '.join(map(str, size))}], got {_shape(img)}")
@@ -309,7 +312,7 @@ class Discriminator(nn.Module):
         for r in self.resolutions:
             x, img = getattr(self, f"b{r}")(x, img)
         cmap = None if self.mapping is None else self.mapping(None, c)
-        return self.b4(x, img, cmap)
+        return self.b4(x, img, cmap, parts)
 
 
 def _check_labels(c: Tensor | None, c_dim: int) -> None:

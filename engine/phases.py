@@ -1,9 +1,8 @@
 """The phases of a training step, as data: which network they step, how often, on what share of the batch, and their
-loss terms.
+loss.
 
 StyleGAN2's four (arXiv 1912.04958): main and lazy path-length phases of G, main and lazy R1 phases of D. HSR (arXiv
-2208.03764) is one term of G's main phase. A phase yields its loss terms one at a time, each a mean over its images,
-so that the graph of one is gone before the next is built.
+2208.03764) is one term of G's main phase. A loss is a mean over the phase's images.
 """
 
 from __future__ import annotations
@@ -72,12 +71,11 @@ class Training:
 
     def styles(self, batch: Round) -> torch.Tensor:
         """ws [n, num_ws, w_dim], mixed from two latents at the cutoff."""
-        mapping = self.generator.mapping
-        ws = mapping(batch.latents.z, batch.latents.c)
-        if batch.cutoff < ws.shape[1]:
-            mixed = mapping(batch.latents.z_mix, batch.latents.c)
-            ws = torch.cat([ws[:, : batch.cutoff], mixed[:, batch.cutoff :]], dim=1)
-        return ws
+        mapping, (z, z_mix, c) = self.generator.mapping, batch.latents
+        if batch.cutoff == self.generator.num_ws:
+            return mapping(z, c)
+        ws, mixed = mapping(torch.cat([z, z_mix]), torch.cat([c, c])).chunk(2)
+        return torch.cat([ws[:, : batch.cutoff], mixed[:, batch.cutoff :]], dim=1)
 
     def noise(self, batch: Round) -> torch.Tensor:
         return self.draws.noise(batch.stream, batch.positions, self.generator.synthesis.noise_size)
@@ -107,7 +105,7 @@ class Phase:
     def __init__(self, training: Training, interval: int = 1):
         self.training, self.interval = training, interval
 
-    def terms(self, batch: Round) -> Iterator[torch.Tensor]:
+    def loss(self, batch: Round) -> torch.Tensor:
         raise NotImplementedError  # every phase below defines it
 
     def finish(self) -> None:
@@ -119,7 +117,7 @@ class GMain(Phase):
 
     name, network, stream = "Gmain", "G", 0
 
-    def terms(self, batch: Round) -> Iterator[torch.Tensor]:
+    def loss(self, batch: Round) -> torch.Tensor:
         t = self.training
         hsr = t.recipe.hsr
         weight = losses.hsr_weight(batch.images / 1000, hsr.weight, hsr.start_kimg, hsr.ramp_kimg) if hsr else 0.0
@@ -139,7 +137,7 @@ class GMain(Phase):
             )  # fmt: skip
             t.meter.add("loss/hsr", regulariser / weight)
             adversarial = adversarial + regulariser
-        yield adversarial
+        return adversarial
 
 
 class GReg(Phase):
@@ -153,7 +151,7 @@ class GReg(Phase):
         super().__init__(training, interval)
         self.shrink = training.recipe.path_length.batch_shrink
 
-    def terms(self, batch: Round) -> Iterator[torch.Tensor]:
+    def loss(self, batch: Round) -> torch.Tensor:
         t, settings = self.training, self.training.recipe.path_length
         ws = t.styles(batch)
         fakes = t.generator.synthesis(ws, noise=t.noise(batch))
@@ -164,7 +162,7 @@ class GReg(Phase):
         t.add_to_mean("path_length", lengths)
         t.meter.add("path_length", lengths)
         t.meter.add("loss/path", penalty)
-        yield settings.weight * penalty
+        return settings.weight * penalty
 
     def finish(self) -> None:
         t = self.training
@@ -172,25 +170,25 @@ class GReg(Phase):
 
 
 class DMain(Phase):
-    """Logistic loss in two separate passes; also where w_avg follows the mean of w (the first z's, before mixing)."""
+    """Logistic loss on fakes and reals in one pass of D, which holds no more than Gmain's pass through G and D; also
+    where w_avg follows the mean of w (the first z's, before mixing).
+    """
 
     name, network, stream = "Dmain", "D", 2
 
-    def terms(self, batch: Round) -> Iterator[torch.Tensor]:
+    def loss(self, batch: Round) -> torch.Tensor:
         t = self.training
         with torch.no_grad():
             ws = t.styles(batch)
             fakes = t.generator.synthesis(ws, noise=t.noise(batch))
         t.add_to_mean("w", ws[:, 0])
-        logits = t.discriminator(fakes, batch.latents.c)
-        loss_fake = losses.logistic_d_fake(logits)
-        t.meter.add("score/fake_d", logits)
-        yield loss_fake
-        logits = t.discriminator(batch.reals, batch.real_c)
-        loss_real = losses.logistic_d_real(logits)
-        t.meter.add("score/real", logits)
-        t.meter.add("loss/D", loss_fake.detach() + loss_real.detach())
-        yield loss_real
+        images, labels = torch.cat([fakes, batch.reals]), torch.cat([batch.latents.c, batch.real_c])
+        fake_logits, real_logits = t.discriminator(images, labels, parts=2).chunk(2)
+        loss = losses.logistic_d_fake(fake_logits) + losses.logistic_d_real(real_logits)
+        t.meter.add("score/fake_d", fake_logits)
+        t.meter.add("score/real", real_logits)
+        t.meter.add("loss/D", loss)
+        return loss
 
     def finish(self) -> None:
         t = self.training
@@ -202,12 +200,12 @@ class DReg(Phase):
 
     name, network, stream = "Dreg", "D", 3
 
-    def terms(self, batch: Round) -> Iterator[torch.Tensor]:
+    def loss(self, batch: Round) -> torch.Tensor:
         t = self.training
         reals = batch.reals.detach().requires_grad_(True)
         penalty = losses.r1_penalty(t.discriminator(reals, batch.real_c), reals, t.recipe.r1.gamma)
         t.meter.add("loss/r1", penalty)
-        yield penalty
+        return penalty
 
 
 def build_phases(training: Training) -> list[Phase]:
@@ -240,7 +238,7 @@ def _rounds(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_c:
 
 
 def run_phase(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_c: torch.Tensor) -> None:
-    """Differentiate the phase's terms over all rounds, the other network frozen, and take one step of its own.
+    """Differentiate the phase's loss over all rounds, the other network frozen, and take one step of its own.
 
     A lazy phase's loss is multiplied by its interval; rounds are averaged. reals [batch / ranks, C, R, R], the rank's
     slice of the global batch.
@@ -250,10 +248,9 @@ def run_phase(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_
     total: list[torch.Tensor | None] = [None] * len(net.parameters)
     with gathered(net, other):
         for batch in _rounds(phase, t, images, reals, real_c):
-            for term in phase.terms(batch):
-                scaled = term * (phase.interval / t.recipe.accumulation)
-                gradients = torch.autograd.grad(scaled, net.parameters, allow_unused=True)
-                total = [_plus(mine, more) for mine, more in zip(total, gradients, strict=True)]
+            loss = phase.loss(batch) * (phase.interval / t.recipe.accumulation)
+            gradients = torch.autograd.grad(loss, net.parameters, allow_unused=True)
+            total = [_plus(mine, more) for mine, more in zip(total, gradients, strict=True)]
         net.step(total)
     other.module.requires_grad_(True)
     phase.finish()

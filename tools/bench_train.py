@@ -39,7 +39,10 @@ TOLERANCE = 1e-4  # of fp32 gradients against the rival's, relative to their nor
 
 @dataclass
 class Contender:
-    """Two networks and the four phases of a step. z_dim = w_dim = 512 and 8 mapping layers, StyleGAN2's."""
+    """Two networks and the four phases of a step. z_dim = w_dim = 512 and 8 mapping layers, StyleGAN2's.
+
+    One mapping call serves both latents of style mixing, and one pass of D fakes and reals, as in engine/phases.py.
+    """
 
     generator: nn.Module
     discriminator: nn.Module
@@ -47,44 +50,45 @@ class Contender:
     resolution: int
 
     def __post_init__(self) -> None:
-        self.g_adam = lazy_adam(self.generator.parameters(), 0.0025, 0.0, 0.99, 1e-8, 4)
-        self.d_adam = lazy_adam(self.discriminator.parameters(), 0.0025, 0.0, 0.99, 1e-8, 16)
+        self.g_adam = self.adam(self.generator, 4)
+        self.d_adam = self.adam(self.discriminator, 16)
         self.reals = torch.rand(self.batch, 3, self.resolution, self.resolution) * 2 - 1
         self.pl_mean = torch.zeros([])
 
-    def styles(self, n: int) -> Tensor:
-        mapping = self.generator.mapping
-        first, second = mapping(torch.randn(n, 512), None), mapping(torch.randn(n, 512), None)
+    def adam(self, network: nn.Module, interval: int) -> torch.optim.Adam:
+        return lazy_adam(network.parameters(), 0.0025, 0.0, 0.99, 1e-8, interval)
+
+    def map_pair(self, n: int) -> tuple[Tensor, ...]:
+        return self.generator.mapping(torch.randn(2 * n, 512), None).chunk(2)
+
+    def logistic_d(self, fakes: Tensor) -> None:
+        fake_logits, real_logits = self.discriminator(torch.cat([fakes, self.reals]), parts=2).chunk(2)
+        (losses.logistic_d_fake(fake_logits) + losses.logistic_d_real(real_logits)).backward()
+
+    def images(self, n: int) -> tuple[Tensor, Tensor]:
+        first, second = self.map_pair(n)
         half = first.shape[1] // 2
-        return torch.cat([first[:, :half], second[:, half:]], dim=1)
+        ws = torch.cat([first[:, :half], second[:, half:]], dim=1)
+        return self.generator.synthesis(ws), ws
 
-    def loss(self, phase: str) -> list[Callable[[], Tensor]]:
-        """The phase's loss terms, each to be built, differentiated and forgotten before the next."""
-        synthesis, d, n = self.generator.synthesis, self.discriminator, self.batch
+    def g_main(self) -> None:
+        losses.logistic_g(self.discriminator(self.images(self.batch)[0])).backward()
 
-        def path_length() -> Tensor:
-            ws = self.styles(n // 2)
-            img = synthesis(ws)
-            lengths = losses.path_lengths(img, ws, torch.randn_like(img) / self.resolution)
-            penalty = losses.path_penalty(lengths, self.pl_mean)
-            self.pl_mean = losses.path_mean(self.pl_mean, lengths.mean(), 0.01).detach()
-            return 4 * 2 * penalty
+    def g_reg(self) -> None:
+        img, ws = self.images(self.batch // 2)
+        lengths = losses.path_lengths(img, ws, torch.randn_like(img) / self.resolution)
+        penalty = losses.path_penalty(lengths, self.pl_mean)
+        self.pl_mean = losses.path_mean(self.pl_mean, lengths.mean(), 0.01).detach()
+        (4 * 2 * penalty).backward()
 
-        def fake() -> Tensor:
-            with torch.no_grad():
-                img = synthesis(self.styles(n))
-            return losses.logistic_d_fake(d(img))
+    def d_main(self) -> None:
+        with torch.no_grad():
+            fakes = self.images(self.batch)[0]
+        self.logistic_d(fakes)
 
-        def gradient_penalty() -> Tensor:
-            reals = self.reals.detach().requires_grad_(True)
-            return 16 * losses.r1_penalty(d(reals), reals, 1.0)
-
-        return {
-            "Gmain": [lambda: losses.logistic_g(d(synthesis(self.styles(n))))],
-            "Greg": [path_length],
-            "Dmain": [fake, lambda: losses.logistic_d_real(d(self.reals))],
-            "Dreg": [gradient_penalty],
-        }[phase]
+    def d_reg(self) -> None:
+        reals = self.reals.detach().requires_grad_(True)
+        (16 * losses.r1_penalty(self.discriminator(reals), reals, 1.0)).backward()
 
     def run(self, phase: str) -> None:
         of_g = phase.startswith("G")
@@ -92,9 +96,24 @@ class Contender:
         self.discriminator.requires_grad_(not of_g)
         adam = self.g_adam if of_g else self.d_adam
         adam.zero_grad(set_to_none=True)
-        for term in self.loss(phase):
-            term().backward()
+        {"Gmain": self.g_main, "Greg": self.g_reg, "Dmain": self.d_main, "Dreg": self.d_reg}[phase]()
         adam.step()
+
+
+class PlainContender(Contender):
+    """The step as it is usually written: mapping and D are called once for each batch, and Adam is PyTorch's default."""
+
+    def adam(self, network: nn.Module, interval: int) -> torch.optim.Adam:
+        ratio = interval / (interval + 1)
+        return torch.optim.Adam(network.parameters(), lr=0.0025 * ratio, betas=(0.0, 0.99**ratio), eps=1e-8)
+
+    def map_pair(self, n: int) -> tuple[Tensor, ...]:
+        mapping = self.generator.mapping
+        return mapping(torch.randn(n, 512), None), mapping(torch.randn(n, 512), None)
+
+    def logistic_d(self, fakes: Tensor) -> None:
+        losses.logistic_d_fake(self.discriminator(fakes)).backward()
+        losses.logistic_d_real(self.discriminator(self.reals)).backward()
 
 
 def ours(resolution: int, half_dtype: torch.dtype | None) -> Contender:
@@ -109,7 +128,7 @@ def ours(resolution: int, half_dtype: torch.dtype | None) -> Contender:
 def plain(resolution: int) -> Contender:
     base, most, batch = SIZES[resolution]
     widths = {"channel_base": base, "channel_max": most}
-    return Contender(
+    return PlainContender(
         PlainGenerator(img_resolution=resolution, **widths),
         PlainDiscriminator(resolution, **widths),
         batch,
