@@ -489,6 +489,16 @@ def test_minibatch_std_groups_are_strided():
         append_minibatch_std(x, 4)
 
 
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_parts_of_a_batch_are_scored_as_if_alone(n):
+    d = stir(make_d(mbstd_group_size=4)).double()
+    first, second = torch.randn(2, n, 3, 16, 16).double()
+    both = d(torch.cat([first, second]), parts=2)
+    close(both, torch.cat([d(first), d(second)]))
+    with pytest.raises(ValueError, match="a batch of 5 cannot be cut into 2 parts"):
+        append_minibatch_std(torch.zeros(5, 1, 4, 4), 4, parts=2)
+
+
 def test_deepcopy_is_independent():
     g = stir(make_g())
     twin = copy.deepcopy(g)

@@ -2,19 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "engine" / "train.py"
+TEACHER = ROOT / "recipes" / "digits_teacher.safetensors"
 
 RECIPE = """
 run_dir: run
@@ -41,7 +44,7 @@ hsr: {teacher: TEACHER, layers: {8: 3, 16: 1}, hidden: 32}
 def workspace(tmp_path_factory):
     """A folder with the recipe; the digits are packed there by the first run."""
     folder = tmp_path_factory.mktemp("training")
-    recipe = RECIPE.replace("TEACHER", str(ROOT / "recipes" / "digits_teacher.safetensors"))
+    recipe = RECIPE.replace("TEACHER", str(TEACHER))
     (folder / "recipe.yaml").write_text(recipe)
     return folder
 
@@ -223,6 +226,30 @@ def test_user_mistakes_get_one_line(workspace, reference, tmp_path):
     expect_error(workspace, f"run_dir={tmp_path / 'file' / 'run'}", naming="run_dir")
     expect_error(workspace, "hsr.layers={8: 99}", naming="99")
     expect_error(workspace, f"hsr.teacher={packed / 'manifest.json'}", naming="manifest.json")
+
+
+def test_broken_data_and_teachers_get_one_line(workspace, reference, tmp_path):
+    packed = next((workspace / "datasets").glob("digits-16*"))
+
+    def broken(name: str, break_it: Callable[[Path], object]) -> str:
+        folder = shutil.copytree(packed, tmp_path / name)
+        for shard in folder.glob("*.tar"):
+            break_it(shard)
+        return f"data.shards={folder}"
+
+    def garble(shard: Path) -> None:
+        content = shard.read_bytes()
+        shard.write_bytes(content.replace(b"IDAT", b"XXXX"))
+
+    own = "data.builtin=null", "run_dir=broken"
+    expect_error(workspace, *own, broken("missing", Path.unlink), naming="00000.tar is missing")
+    expect_error(workspace, *own, broken("cut", lambda shard: os.truncate(shard, 20_000)), naming="truncated")
+    expect_error(workspace, *own, broken("garbled", garble), naming="no whole png image")
+    teacher = tmp_path / "teacher.safetensors"
+    save_file(load_file(TEACHER), teacher, {"format": "hsrgan-teacher-1", "model": "resnet10t", "kwargs": "{}"})
+    expect_error(workspace, "run_dir=broken", f"hsr.teacher={teacher}", naming="teacher.safetensors")
+    snapshot = next((workspace / "reference" / "snapshots").glob("*.safetensors"))
+    expect_error(workspace, "run_dir=broken", f"init_from={snapshot}", naming=snapshot.name)
 
 
 def test_deepspeed_launches_the_recipe(workspace):

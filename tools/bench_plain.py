@@ -61,7 +61,7 @@ class Mapping(nn.Module):
 
 
 class SynthesisLayer(nn.Module):
-    def __init__(self, n_in: int, n_out: int, w_dim: int, resolution: int, up: int, clamp: float):
+    def __init__(self, n_in: int, n_out: int, w_dim: int, resolution: int, up: int, clamp: float | None):
         super().__init__()
         self.up, self.clamp = up, clamp
         self.affine = Linear(w_dim, n_in, bias=1.0)
@@ -90,7 +90,7 @@ class SynthesisLayer(nn.Module):
 
 
 class ToRGB(nn.Module):
-    def __init__(self, n_in: int, n_out: int, w_dim: int, clamp: float):
+    def __init__(self, n_in: int, n_out: int, w_dim: int, clamp: float | None):
         super().__init__()
         self.clamp = clamp
         self.affine = Linear(w_dim, n_in, bias=1.0)
@@ -100,11 +100,11 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.affine(w) / x.shape[1] ** 0.5
         x = F.conv2d(x * style[:, :, None, None], self.weight, self.bias)
-        return x.clamp(-self.clamp, self.clamp)
+        return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 
 
 class SynthesisBlock(nn.Module):
-    def __init__(self, n_in: int, n_out: int, w_dim: int, resolution: int, img_channels: int, clamp: float):
+    def __init__(self, n_in: int, n_out: int, w_dim: int, resolution: int, img_channels: int, clamp: float | None):
         super().__init__()
         self.first = resolution == 4
         if self.first:
@@ -117,7 +117,7 @@ class SynthesisBlock(nn.Module):
 
 
 class Synthesis(nn.Module):
-    def __init__(self, w_dim: int, resolution: int, img_channels: int, base: int, most: int, clamp: float):
+    def __init__(self, w_dim: int, resolution: int, img_channels: int, base: int, most: int, clamp: float | None):
         super().__init__()
         self.resolutions = [2**i for i in range(2, resolution.bit_length())]
         self.num_ws = 2 * len(self.resolutions)
@@ -152,7 +152,7 @@ class PlainGenerator(nn.Module):
         mapping_layers: int = 8,
         channel_base: int = 32768,
         channel_max: int = 512,
-        conv_clamp: float = 256,
+        conv_clamp: float | None = None,
     ):
         super().__init__()
         self.z_dim = z_dim
@@ -184,7 +184,7 @@ class Conv(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    def __init__(self, n_img: int, n_in: int, n_out: int, clamp: float):
+    def __init__(self, n_img: int, n_in: int, n_out: int, clamp: float | None):
         super().__init__()
         if n_img:
             self.fromrgb = Conv(n_img, n_in, 1, clamp=clamp)
@@ -201,7 +201,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class DiscriminatorEpilogue(nn.Module):
-    def __init__(self, n_in: int, mbstd_group_size: int, clamp: float):
+    def __init__(self, n_in: int, mbstd_group_size: int, clamp: float | None):
         super().__init__()
         self.group = mbstd_group_size
         self.conv = Conv(n_in + 1, n_in, 3, clamp=clamp)
@@ -226,7 +226,7 @@ class PlainDiscriminator(nn.Module):
         *,
         channel_base: int = 32768,
         channel_max: int = 512,
-        conv_clamp: float = 256,
+        conv_clamp: float | None = None,
         mbstd_group_size: int = 4,
     ):
         super().__init__()

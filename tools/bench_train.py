@@ -101,7 +101,7 @@ class Contender:
 
 
 class PlainContender(Contender):
-    """The step as it is usually written: mapping and D are called once for each batch, and Adam is PyTorch's default."""
+    """The step as usually written: mapping and D are called once for each batch, and Adam is PyTorch's default."""
 
     def adam(self, network: nn.Module, interval: int) -> torch.optim.Adam:
         ratio = interval / (interval + 1)
@@ -120,6 +120,7 @@ def ours(resolution: int, half_dtype: torch.dtype | None) -> Contender:
     base, most, batch = SIZES[resolution]
     # every resolution that may be half precision is: 8 and above
     widths = {"channel_base": base, "channel_max": most, "num_fp16_res": 9, "half_dtype": half_dtype}
+    widths["conv_clamp"] = 256 if half_dtype else None  # as the recipes have it, and the plain form
     return Contender(
         Generator(img_resolution=resolution, **widths), Discriminator(0, resolution, **widths), batch, resolution
     )
