@@ -125,3 +125,20 @@ def pointwise_curvature(v, p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.c
     if CLAMP is not None:
         g = tl.where(tl.abs(_scaled(p, ACT, SLOPE, GAIN)) < CLAMP, g, 0.0)
     return g
+
+
+@triton.jit
+def pre_activation(
+    x, demod, shift, bias, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """p of a tile x [pixels, channels] from demod [channels], shift = noise·strength [pixels] and bias [channels].
+
+    What its flag switches off may be anything.
+    """
+    if HAS_DEMOD:
+        x = x * demod[None, :]
+    if HAS_NOISE:
+        x = x + shift[:, None]
+    if HAS_BIAS:
+        x = x + bias[None, :]
+    return x
