@@ -95,6 +95,7 @@ class _Forward(Function):
         told_by_z = linear or (piecewise and constants["GAIN"] > 0 and residual is None)
         from_y = told_by_z and style is None and not ctx.needs_input_grad[2]
         ctx.chain = chain = _Chain(constants, from_y, x.shape, z.stride())
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(None if from_y and linear else z if from_y else x, bias, demod, noise, strength, style)
 
         over = _walk(chain, small, x, noise, residual, z)
@@ -110,8 +111,12 @@ class _Forward(Function):
     @staticmethod
     def backward(ctx, gz):
         *want, want_residual, _ = launch.wanted(ctx)
-        gradients = _First.apply(gz, *ctx.saved_tensors, ctx.chain, want) if any(want) else (None,) * 6
-        return *gradients, gz if want_residual else None, None
+        if gz is None or not any(want):
+            return (*(None,) * 6, gz if want_residual else None, None)
+        ref, *small = ctx.saved_tensors
+        if ctx.chain.from_y and ref is not None:
+            ref = ref.detach()  # the mask is a constant: no gradient comes back through z
+        return *_First.apply(gz, ref, *small, ctx.chain, want), gz if want_residual else None, None
 
 
 class _First(Function):
