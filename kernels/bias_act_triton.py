@@ -217,7 +217,7 @@ class _Plan:
 
     def totals(self, small: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """The gradients of SMALL from the partial sums, each in the shape and dtype of its tensor; None: not wanted."""
-        totals = iter([] if self.sums is None else self.sums.sum(2))  # of each plane: [samples, channels]
+        totals = iter([] if self.sums is None else _sum(self.sums, 2))  # of each plane: [samples, channels]
         out: list[Tensor | None] = []
         for name, t, want in zip(SMALL, small, self.want, strict=True):
             if not want:
@@ -225,12 +225,17 @@ class _Plan:
                 continue
             if name == "NOISE":
                 n, _, *pixels = self.chain.shape
-                total = self.maps.sum(0).reshape(n, 1, *pixels).sum_to_size(t.shape)
+                total = _sum(self.maps, 0).reshape(n, 1, *pixels).sum_to_size(t.shape)
             else:
                 total = next(totals)
-                total = total if name in ("DEMOD", "STYLE") else total.sum(0) if name == "BIAS" else total.sum()
+                total = total if name in ("DEMOD", "STYLE") else _sum(total, 0) if name == "BIAS" else total.sum()
             out.append(total.to(t.dtype).reshape(t.shape))
         return out
+
+
+def _sum(t: Tensor, dim: int) -> Tensor:
+    """t.sum(dim), without a launch where there is one row."""
+    return t.select(dim, 0) if t.shape[dim] == 1 else t.sum(dim)
 
 
 def _walk(chain: _Chain, small: tuple[Tensor | None, ...], *large: Tensor | None) -> Walk:
