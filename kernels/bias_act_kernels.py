@@ -110,16 +110,16 @@ def forward(
 @triton.jit
 def first(
     GZ, REF, BIAS, DEMOD, NOISE, STRENGTH, STYLE, GX, SUMS, MAPS,
-    samples, channels, pixels, width, chunks, blocks, tiles, plane,
+    samples, channels, pixels, width, chunks, blocks, plane,
     zn, zc, zh, zw, xn, xc, xh, xw, nn, nc, nh, nw, gn, gc, gh, gw,
     FROM_Y: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr,
     HAS_STRENGTH: tl.constexpr, HAS_STYLE: tl.constexpr,
     WANT_X: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_DEMOD: tl.constexpr, WANT_NOISE: tl.constexpr,
     WANT_STRENGTH: tl.constexpr, WANT_STYLE: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
-    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` tiles of gx a program; one row of each wanted sum (bias, demod, strength, next_style) in SUMS [sums,
+    """TILES tiles of gx a program; one row of each wanted sum (bias, demod, strength, next_style) in SUMS [sums,
     samples·chunks, channels], whose first dimension has the stride `plane`; and this block's part of the gradient of
     noise in MAPS [blocks, samples, pixels].
 
@@ -129,7 +129,7 @@ def first(
     block = (program % blocks).to(tl.int64)
     row = (program // blocks).to(tl.int64)
     n = row // chunks
-    start = (row % chunks) * tiles * BLOCK_P
+    start = (row % chunks) * TILES * BLOCK_P
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < channels
     pair = n * channels + c
@@ -144,7 +144,7 @@ def first(
     sum_demod = zero
     sum_strength = tl.zeros([BLOCK_P], ACC)
     sum_style = zero
-    for i in range(tiles):
+    for i in range(TILES):
         p = start + i * BLOCK_P + tl.arange(0, BLOCK_P)
         mask_p = p < pixels
         mask = mask_p[:, None] & mask_c[None, :]
@@ -182,7 +182,7 @@ def first(
 @triton.jit
 def second(
     GZ, REF, BIAS, DEMOD, NOISE, STRENGTH, STYLE, HX, HBIAS, HDEMOD, HNOISE, HSTRENGTH, HSTYLE, GGZ, GX, SUMS, MAPS,
-    samples, channels, pixels, width, chunks, blocks, tiles, plane,
+    samples, channels, pixels, width, chunks, blocks, plane,
     zn, zc, zh, zw, xn, xc, xh, xw, nn, nc, nh, nw, hn, hc, hh, hw, mn, mc, mh, mw, on, oc, oh, ow, gn, gc, gh, gw,
     FROM_Y: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr,
     HAS_STRENGTH: tl.constexpr, HAS_STYLE: tl.constexpr,
@@ -191,7 +191,7 @@ def second(
     WANT_Z: tl.constexpr, WANT_X: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_DEMOD: tl.constexpr,
     WANT_NOISE: tl.constexpr, WANT_STRENGTH: tl.constexpr, WANT_STYLE: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
-    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """As `first`, for the gradients of its results along their cotangents HX … HSTYLE, as far as GIVEN.
 
@@ -201,7 +201,7 @@ def second(
     block = (program % blocks).to(tl.int64)
     row = (program // blocks).to(tl.int64)
     n = row // chunks
-    start = (row % chunks) * tiles * BLOCK_P
+    start = (row % chunks) * TILES * BLOCK_P
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < channels
     pair = n * channels + c
@@ -215,7 +215,7 @@ def second(
     sum_demod = zero
     sum_strength = tl.zeros([BLOCK_P], ACC)
     sum_style = zero
-    for i in range(tiles):
+    for i in range(TILES):
         p = start + i * BLOCK_P + tl.arange(0, BLOCK_P)
         mask_p = p < pixels
         mask = mask_p[:, None] & mask_c[None, :]

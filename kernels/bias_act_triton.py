@@ -45,8 +45,9 @@ from hsrgan.kernels.pointwise_triton import SMOOTH, chain_constants
 from hsrgan.kernels.tiles import Walk, channels_fastest, tile, tiles_per_program, walk
 
 WARPS = 4
-# Values in a tile. 4 warps hold 8 to 16 in each thread, of every operand and of every running sum: a program that keeps
-# several sums has the smaller tile, so that a thread stays below about 100 registers.
+# Values in a tile. 4 warps hold 8 to 16 in each thread, of every operand and of every running sum: programs that keep
+# several sums have the smaller tile. On sm_90 that is 24 to 54 registers without sums, up to 96 for the gradients with
+# all four sums, and 155 for the second derivatives of everything at once; nothing spills.
 TILE, TILE_OF_SUMS = 2048, 1024
 SMALL = ("BIAS", "DEMOD", "NOISE", "STRENGTH", "STYLE")  # the order of these operands everywhere
 
@@ -131,9 +132,9 @@ class _First(Function):
         plan = _Plan(chain, over, gz, TILE_OF_SUMS if sum(want_small) > 1 else TILE, want_small)
         launch.run(
             kernels.first, plan.grid, *_pointers(gz, ref, *small, gx, plan.sums, plan.maps),
-            over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.tiles, plan.plane,
+            over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
             *_numbers(over), num_warps=WARPS, FROM_Y=chain.from_y, **_flags("HAS", *small),
-            WANT_X=want_x, **_flags("WANT", *want_small), **chain.constants, **plan.constants,
+            WANT_X=want_x, **_flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
         # the second derivative does not meet gz where z is piecewise linear in x and everything else is a constant
         keep = chain.smooth or style is not None or any(want[2:5]) or ctx.needs_input_grad[3]
@@ -173,10 +174,10 @@ class _Second(Function):
         plan = _Plan(chain, over, like, TILE_OF_SUMS, want_small)
         launch.run(
             kernels.second, plan.grid, *_pointers(gz, ref, *small, hx, *given, ggz, gx, plan.sums, plan.maps),
-            over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.tiles, plan.plane,
+            over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
             *_numbers(over), num_warps=WARPS, FROM_Y=chain.from_y, **_flags("HAS", *small),
             GIVEN_X=hx is not None, **_flags("GIVEN", *given), WANT_Z=want_z, WANT_X=want_x,
-            **_flags("WANT", *want_small), **chain.constants, **plan.constants,
+            **_flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
         return ggz, gx, *plan.totals((bias, demod, noise, strength, style))
 
