@@ -151,8 +151,6 @@ class _First(Function):
         a = ctx.chain.smooth or hstyle  # else a is zero, and so is every gradient that has no other term
         terms = (True, a or hdemod, a, a or hx, a or hstrength, a or hnoise, True)
         want = [w and term for w, term in zip(launch.wanted(ctx)[:7], terms, strict=True)]
-        if ctx.chain.from_y:
-            want[1] = want[3] = False  # the mask is a constant, and so is demod
         if not any(want):
             return (None,) * 9
         return *_Second.apply(*ctx.saved_tensors, *cotangents, ctx.chain, want), None, None
