@@ -151,6 +151,13 @@ def check_bias_act(
     """Raise ValueError for arguments that `bias_act` does not take."""
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor [N, C, ...]; got {x.dtype} of shape {list(x.shape)}")
+    named = {
+        "bias": bias, "demod": demod, "noise": noise, "strength": strength, "next_style": next_style,
+        "residual": residual,
+    }  # fmt: skip
+    for name, t in named.items():
+        launch.check(t is None or t.device == x.device, f"{name} must be on the device of x")
+    launch.check(residual is None or residual.dtype == x.dtype, f"residual must have the dtype of x, {x.dtype}")
     launch.check_shape(bias, "bias", x.shape[1])
     launch.check_shape(demod, "demod", *x.shape[:2])
     launch.check_shape(next_style, "next_style", *x.shape[:2])
@@ -183,11 +190,16 @@ def bias_act(
 
     x [N, C, ...]; bias [C]; demod, next_style [N, C]; noise [N or 1, 1, ...]; strength one value; residual like x.
     act: lrelu (slope alpha, default 0.2), relu, swish, linear, tanh, sigmoid; gain: √2 for the first three, else 1.
-    Differentiable any number of times in every tensor argument. ValueError names an argument that does not fit.
+    Differentiable in every tensor argument, twice in Triton (a third derivative raises RuntimeError), any number of
+    times in PyTorch. ValueError names an argument that does not fit.
     """
     check_bias_act(x, bias, demod, noise, strength, act, alpha, clamp, next_style, residual)
-    launch.backend(x)
     gain = DEFAULT_GAIN[act] if gain is None else gain
+    if launch.backend(x) == "triton":
+        from hsrgan.kernels.bias_act_triton import bias_act_triton
+
+        slope = SLOPE.get(act, 0.0) if alpha is None else alpha
+        return bias_act_triton(x, bias, demod, noise, strength, act, slope, gain, clamp, next_style, residual)
     if act not in SLOPE or gain <= 0:
         return bias_act_torch(
             x, bias, demod=demod, noise=noise, strength=strength, act=act, alpha=alpha, gain=gain, clamp=clamp,

@@ -1,0 +1,142 @@
+"""The pointwise chain of bias_act as Triton device functions, for every kernel that carries it.
+
+    p = x·demod + noise·strength + bias        y = clamp(act(p)·gain, ±clamp)
+
+All functions take blocks of one floating-point type (fp32, or fp64 for fp64 tensors: cast loads first) and return
+blocks of it. The constants come from `chain_constants`:
+
+    ACT    "lrelu" (piecewise linear: relu and linear are slopes 0 and 1), "swish", "tanh", "sigmoid"
+    SLOPE  of the negative side of lrelu
+    GAIN   any sign
+    CLAMP  None, or a positive value that the activations' dtype can hold
+
+A gradient passes where |act(p)·gain| < clamp and takes the negative side at p = 0.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+SMOOTH = ("swish", "tanh", "sigmoid")
+
+
+@functools.cache
+def chain_constants(act: str, slope: float, gain: float, clamp: float | None, dtype: torch.dtype) -> dict[str, object]:
+    """The constexprs ACT, SLOPE, GAIN, CLAMP. dtype: of the activations; the clamp is rounded to it, as they are."""
+    if clamp is not None:
+        clamp = torch.tensor(clamp, dtype=dtype).item()
+    act, slope = (act, 0.0) if act in SMOOTH else ("lrelu", float(slope))
+    return {"ACT": act, "SLOPE": slope, "GAIN": float(gain), "CLAMP": clamp}
+
+
+@triton.jit
+def tanh(p):
+    """tanh in any floating-point type: a quotient of polynomials near 0, where 1 − exp(−2|p|) would cancel."""
+    q = p * p
+    near = p * (945.0 + q * (105.0 + q)) / (945.0 + q * (420.0 + 15.0 * q))  # |error| < p¹¹/10⁷
+    e = tl.exp(-2.0 * tl.abs(p))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(p) < 0.25, near, tl.where(p < 0, -far, far))
+
+
+@triton.jit
+def _scaled(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr):
+    """act(p)·gain."""
+    if ACT == "swish":
+        u = p * tl.sigmoid(p) * GAIN
+    elif ACT == "tanh":
+        u = tanh(p) * GAIN
+    elif ACT == "sigmoid":
+        u = tl.sigmoid(p) * GAIN
+    elif SLOPE == 1:
+        u = p * GAIN
+    elif SLOPE == 0:
+        u = tl.where(p <= 0, 0.0, p * GAIN)  # so that −inf gives 0 and NaN stays NaN
+    else:
+        u = tl.where(p > 0, p * GAIN, p * (GAIN * SLOPE))
+    return u
+
+
+@triton.jit
+def pointwise(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
+    """y from the pre-activation p. NaN stays NaN."""
+    y = _scaled(p, ACT, SLOPE, GAIN)
+    if CLAMP is not None:
+        y = tl.where(y > CLAMP, CLAMP, tl.where(y < -CLAMP, -CLAMP, y))
+    return y
+
+
+@triton.jit
+def pointwise_gradient(v, p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
+    """v·∂y/∂p from the pre-activation p; v and p of one shape."""
+    if ACT == "swish":
+        s = tl.sigmoid(p)
+        g = v * (s * (1.0 + p * (1.0 - s)) * GAIN)
+    elif ACT == "tanh":
+        t = tanh(p)
+        g = v * ((1.0 - t * t) * GAIN)
+    elif ACT == "sigmoid":
+        s = tl.sigmoid(p)
+        g = v * (s * (1.0 - s) * GAIN)
+    else:
+        g = _sides(v, p, SLOPE, GAIN)
+    if CLAMP is not None:
+        g = tl.where(tl.abs(_scaled(p, ACT, SLOPE, GAIN)) < CLAMP, g, 0.0)
+    return g
+
+
+@triton.jit
+def pointwise_gradient_from_y(v, y, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
+    """v·∂y/∂p from y, for ACT "lrelu" with GAIN > 0: the sign and size of y tell the side and the clamp."""
+    g = _sides(v, y, SLOPE, GAIN)
+    if CLAMP is not None:
+        g = tl.where(tl.abs(y) < CLAMP, g, 0.0)
+    return g
+
+
+@triton.jit
+def _sides(v, p, SLOPE: tl.constexpr, GAIN: tl.constexpr):
+    """v·gain where p > 0, else v·gain·slope."""
+    if SLOPE == 1:
+        g = v * GAIN
+    elif SLOPE == 0:
+        g = tl.where(p > 0, v * GAIN, 0.0)
+    else:
+        g = tl.where(p > 0, v * GAIN, v * (GAIN * SLOPE))
+    return g
+
+
+@triton.jit
+def pointwise_curvature(v, p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
+    """v·∂²y/∂p² from the pre-activation p; zero, and not to be asked for, where ACT is "lrelu"."""
+    if ACT == "swish":
+        s = tl.sigmoid(p)
+        g = v * (s * (1.0 - s) * (2.0 + p * (1.0 - 2.0 * s)) * GAIN)
+    elif ACT == "tanh":
+        t = tanh(p)
+        g = v * (t * (1.0 - t * t) * (-2.0 * GAIN))
+    elif ACT == "sigmoid":
+        s = tl.sigmoid(p)
+        g = v * (s * (1.0 - s) * (1.0 - 2.0 * s) * GAIN)
+    else:
+        g = v * 0.0
+    if CLAMP is not None:
+        g = tl.where(tl.abs(_scaled(p, ACT, SLOPE, GAIN)) < CLAMP, g, 0.0)
+    return g
+
+
+@triton.jit
+def pre_activation(x, demod, shift, bias, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """p of a tile x [pixels, channels] from demod [channels], shift = noise·strength [pixels] and bias [channels].
+
+    What its flag switches off may be anything.
+    """
+    if HAS_DEMOD:
+        x = x * demod[None, :]
+    if HAS_NOISE:
+        x = x + shift[:, None]
+    if HAS_BIAS:
+        x = x + bias[None, :]
+    return x
