@@ -15,13 +15,13 @@ from hsrgan.kernels import launch
 Pair = int | tuple[int, int] | list[int]
 
 
-def _pair(value: Pair, name: str) -> tuple[int, int]:
+def pair(value: Pair, name: str) -> tuple[int, int]:
     x, y = (value, value) if isinstance(value, int) else value
     launch.check(1 <= x <= 4 and 1 <= y <= 4, f"{name} must lie in 1 … 4; got {value}")
     return x, y
 
 
-def _sides(padding: int | tuple[int, ...] | list[int]) -> tuple[int, int, int, int]:
+def paddings(padding: int | tuple[int, ...] | list[int]) -> tuple[int, int, int, int]:
     """(x0, x1, y0, y1) of an int, an (x, y) or an (x0, x1, y0, y1)."""
     sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
     if len(sides) == 2:
@@ -42,7 +42,7 @@ def upfirdn2d_torch(
     gain: float = 1.0,
 ) -> Tensor:
     """The definition of `upfirdn2d`: insert zeros, pad, a depthwise convolution, keep every down-th pixel."""
-    (ux, uy), (dx, dy), (x0, x1, y0, y1) = _pair(up, "up"), _pair(down, "down"), _sides(padding)
+    (ux, uy), (dx, dy), (x0, x1, y0, y1) = pair(up, "up"), pair(down, "down"), paddings(padding)
     n, c, h, w = x.shape
     x = F.pad(x.reshape(n, c, h, 1, w, 1), (0, ux - 1, 0, 0, 0, uy - 1)).reshape(n, c, h * uy, w * ux)
     x = F.pad(x, (x0, x1, y0, y1))
@@ -115,8 +115,8 @@ def upfirdn2d(
     """
     launch.check_images(x)
     check_filter(f, x)
-    up, down, sides = _pair(up, "up"), _pair(down, "down"), _sides(padding)
-    check_output(x, f, up, down, sides)
+    up, down, sides = pair(up, "up"), pair(down, "down"), paddings(padding)
+    output_shape(x, f, up, down, sides)
     if launch.backend(x) == "triton":
         from hsrgan.kernels.upfirdn2d_triton import upfirdn2d_triton
 
@@ -136,16 +136,16 @@ def check_filter(f: Tensor | None, x: Tensor) -> None:
     launch.check(f.device == x.device, f"f must be on the device of x, {x.device}; got {f.device}")
 
 
-def check_output(
+def output_shape(
     x: Tensor, f: Tensor | None, up: tuple[int, int], down: tuple[int, int], sides: tuple[int, int, int, int]
-) -> None:
-    """Raise ValueError where nothing is left of x."""
+) -> tuple[int, int, int, int]:
+    """[N, C, height, width] of upfirdn2d(x, f); ValueError where no pixel is left."""
     a, b = (1, 1) if f is None else (f.shape[0], f.shape[-1])
-    h = x.shape[2] * up[1] + sides[2] + sides[3] - a
-    w = x.shape[3] * up[0] + sides[0] + sides[1] - b
-    if h < 0 or w < 0:
-        size = f"{h // down[1] + 1}×{w // down[0] + 1}"
-        raise ValueError(f"padding {sides} leaves an output of {size} pixels of x {list(x.shape)}; f has {a}×{b} taps")
+    h = (x.shape[2] * up[1] + sides[2] + sides[3] - a) // down[1] + 1
+    w = (x.shape[3] * up[0] + sides[0] + sides[1] - b) // down[0] + 1
+    if h < 1 or w < 1:
+        raise ValueError(f"padding {sides} leaves an output of {h}×{w} pixels of x {list(x.shape)}; f has {a}×{b} taps")
+    return x.shape[0], x.shape[1], h, w
 
 
 def up_padding(taps: int) -> tuple[int, int]:
