@@ -351,16 +351,22 @@ def centre(sides: Sides) -> int:
     return tap if min(x1, y1) >= 3 - tap else -1
 
 
-def _shape(y: Tensor, steps_y: int, steps_x: int) -> dict[str, int]:
-    """ROWS, COLS, CHANNELS, UNROLL and num_warps: 16 bytes a thread, at least about 2000 programs if there are enough."""
+def _shape(y: Tensor, steps_y: int, steps_x: int, resampled: bool, plain: bool, heavy: bool) -> dict[str, int]:
+    """ROWS, UNROLL, COLS, CHANNELS and num_warps, from what registers allow (sm_90 builds; not from measurements).
+
+    A thread holds 16 bytes of a row where it reads one tensor and nothing is done at the taps (`plain`): blur 80
+    registers in fp32, 120 in half precision. The others hold 4 values (8 bytes of half precision): 90 to 130. Rows are
+    unrolled by 2, so that more loads are under way, but for a blur in half precision and the `heavy` sums.
+    """
     n, c = y.shape[:2]
-    vector = 16 // y.itemsize
-    cols, channels = tile(c, steps_x, is_nhwc(y), 4 * 32 * vector)
+    values = 16 // y.itemsize if plain else min(4, 16 // y.itemsize)
+    unroll = 2 if resampled or (values <= 4 and not heavy) else 1
+    cols, channels = tile(c, steps_x, is_nhwc(y), 4 * 32 * values)
     rows = min(16, max(2, power_of_two(steps_y)))
     while rows > 4 and n * -(-c // channels) * -(-steps_x // cols) * -(-steps_y // rows) < 2048:
         rows //= 2
-    warps = min(4, max(1, cols * channels // (32 * vector)))
-    return {"ROWS": rows, "UNROLL": 2, "COLS": cols, "CHANNELS": channels, "num_warps": warps}
+    warps = min(4, max(1, cols * channels // (32 * values)))
+    return {"ROWS": rows, "UNROLL": unroll, "COLS": cols, "CHANNELS": channels, "num_warps": warps}
 
 
 def launch_fir4(
@@ -404,7 +410,8 @@ def launch_fir4(
     else:
         skip_x, skip_y, lead_x, lead_y = 0, 0, x0, y0
         steps_x, steps_y = (out_w if down == 2 else (out_w + 1) // 2), out_h
-    shape = _shape(y, steps_y, steps_x)
+    plain, heavy = front == "none" and back in ("none", "activate"), len(sums) > 1 or back == "tangent"
+    shape = _shape(y, steps_y, steps_x, max(up, down) > 1, plain, heavy)
     strips, blocks = -(-steps_y // shape["ROWS"]), -(-steps_x // shape["COLS"])
     planes = len(sums)
     partial = None
