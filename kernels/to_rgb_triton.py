@@ -297,7 +297,7 @@ def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
     n, c, h, w = x.shape
     outputs = v.shape[1]
     y = empty(v, n, outputs, h, w, nhwc=is_nhwc(x))
-    pixels, channels = tile(c, h * w, is_nhwc(x), 1024 if x.itemsize <= 4 else 512)
+    pixels, channels = tile(c, h * w, is_nhwc(x), 4 * 32 * max(4, 32 // x.itemsize))
     chunks = -(-h * w // pixels)
     image_numbers = (0,) * 6 if image is None else (*image.shape[2:], *image.stride())
     launch.run(
