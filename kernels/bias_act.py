@@ -190,7 +190,8 @@ def bias_act(
 
     x [N, C, ...]; bias [C]; demod, next_style [N, C]; noise [N or 1, 1, ...]; strength one value; residual like x.
     act: lrelu (slope alpha, default 0.2), relu, swish, linear, tanh, sigmoid; gain: √2 for the first three, else 1.
-    Differentiable any number of times in every tensor argument. ValueError names an argument that does not fit.
+    Differentiable in every tensor argument, twice in Triton (a third derivative raises RuntimeError), any number of
+    times in PyTorch. ValueError names an argument that does not fit.
     """
     check_bias_act(x, bias, demod, noise, strength, act, alpha, clamp, next_style, residual)
     gain = DEFAULT_GAIN[act] if gain is None else gain

@@ -52,10 +52,14 @@ def _vector(T, at, mask, ACC: tl.constexpr, HAS: tl.constexpr):
 
 @triton.jit
 def _write_sums(
-    into, plane, mask, bias, demod, strength, style,
+    into, plane, c, mask, first, bias, demod, strength, style,
     WANT_BIAS: tl.constexpr, WANT_DEMOD: tl.constexpr, WANT_STRENGTH: tl.constexpr, WANT_STYLE: tl.constexpr,
 ):  # fmt: skip
-    """The sums over pixels of the wanted ones, to planes that follow one another."""
+    """The sums over pixels of the wanted ones, to planes that follow one another.
+
+    strength [pixels] is summed over channels already: its sum goes to the block's first channel, the others get zeros.
+    """
+    into += c
     if WANT_BIAS:
         tl.store(into, tl.sum(bias, 0), mask=mask)
         into += plane
@@ -63,7 +67,7 @@ def _write_sums(
         tl.store(into, tl.sum(demod, 0), mask=mask)
         into += plane
     if WANT_STRENGTH:
-        tl.store(into, tl.sum(strength, 0), mask=mask)
+        tl.store(into, tl.where(c == first, tl.sum(strength, 0), 0.0), mask=mask)
         into += plane
     if WANT_STYLE:
         tl.store(into, tl.sum(style, 0), mask=mask)
@@ -106,16 +110,16 @@ def forward(
 @triton.jit
 def first(
     GZ, REF, BIAS, DEMOD, NOISE, STRENGTH, STYLE, GX, SUMS, MAPS,
-    samples, channels, pixels, width, chunks, blocks, tiles, plane,
+    samples, channels, pixels, width, chunks, blocks, plane,
     zn, zc, zh, zw, xn, xc, xh, xw, nn, nc, nh, nw, gn, gc, gh, gw,
     FROM_Y: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr,
     HAS_STRENGTH: tl.constexpr, HAS_STYLE: tl.constexpr,
     WANT_X: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_DEMOD: tl.constexpr, WANT_NOISE: tl.constexpr,
     WANT_STRENGTH: tl.constexpr, WANT_STYLE: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
-    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` tiles of gx a program; one row of each wanted sum (bias, demod, strength, next_style) in SUMS [sums,
+    """TILES tiles of gx a program; one row of each wanted sum (bias, demod, strength, next_style) in SUMS [sums,
     samples·chunks, channels], whose first dimension has the stride `plane`; and this block's part of the gradient of
     noise in MAPS [blocks, samples, pixels].
 
@@ -125,7 +129,7 @@ def first(
     block = (program % blocks).to(tl.int64)
     row = (program // blocks).to(tl.int64)
     n = row // chunks
-    start = (row % chunks) * tiles * BLOCK_P
+    start = (row % chunks) * TILES * BLOCK_P
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < channels
     pair = n * channels + c
@@ -138,9 +142,9 @@ def first(
     zero = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     sum_bias = zero
     sum_demod = zero
-    sum_strength = zero
+    sum_strength = tl.zeros([BLOCK_P], ACC)
     sum_style = zero
-    for i in range(tiles):
+    for i in range(TILES):
         p = start + i * BLOCK_P + tl.arange(0, BLOCK_P)
         mask_p = p < pixels
         mask = mask_p[:, None] & mask_c[None, :]
@@ -162,7 +166,7 @@ def first(
         if WANT_DEMOD:
             sum_demod += g * ref
         if WANT_STRENGTH:
-            sum_strength += g * noise[:, None]
+            sum_strength += tl.sum(g, 1) * noise
         if WANT_NOISE:
             tl.store(MAPS + (block * samples + n) * pixels + p, tl.sum(g, 1) * strength, mask=mask_p)
         if WANT_X:
@@ -170,7 +174,7 @@ def first(
                 g = g * demod[None, :]
             tl.store(_tile(GX, n, c, p, gn, gc, gh, gw, width, SPLIT), g.to(GX.dtype.element_ty), mask=mask)
     _write_sums(
-        SUMS + row * channels + c, plane, mask_c, sum_bias, sum_demod, sum_strength, sum_style,
+        SUMS + row * channels, plane, c, mask_c, block * BLOCK_C, sum_bias, sum_demod, sum_strength, sum_style,
         WANT_BIAS, WANT_DEMOD, WANT_STRENGTH, WANT_STYLE,
     )  # fmt: skip
 
@@ -178,7 +182,7 @@ def first(
 @triton.jit
 def second(
     GZ, REF, BIAS, DEMOD, NOISE, STRENGTH, STYLE, HX, HBIAS, HDEMOD, HNOISE, HSTRENGTH, HSTYLE, GGZ, GX, SUMS, MAPS,
-    samples, channels, pixels, width, chunks, blocks, tiles, plane,
+    samples, channels, pixels, width, chunks, blocks, plane,
     zn, zc, zh, zw, xn, xc, xh, xw, nn, nc, nh, nw, hn, hc, hh, hw, mn, mc, mh, mw, on, oc, oh, ow, gn, gc, gh, gw,
     FROM_Y: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr,
     HAS_STRENGTH: tl.constexpr, HAS_STYLE: tl.constexpr,
@@ -187,7 +191,7 @@ def second(
     WANT_Z: tl.constexpr, WANT_X: tl.constexpr, WANT_BIAS: tl.constexpr, WANT_DEMOD: tl.constexpr,
     WANT_NOISE: tl.constexpr, WANT_STRENGTH: tl.constexpr, WANT_STYLE: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
-    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """As `first`, for the gradients of its results along their cotangents HX … HSTYLE, as far as GIVEN.
 
@@ -197,16 +201,10 @@ def second(
     block = (program % blocks).to(tl.int64)
     row = (program // blocks).to(tl.int64)
     n = row // chunks
-    start = (row % chunks) * tiles * BLOCK_P
+    start = (row % chunks) * TILES * BLOCK_P
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < channels
     pair = n * channels + c
-    bias = _vector(BIAS, c, mask_c, ACC, HAS_BIAS)
-    demod = _vector(DEMOD, pair, mask_c, ACC, HAS_DEMOD)
-    style = _vector(STYLE, pair, mask_c, ACC, HAS_STYLE)
-    h_bias = _vector(HBIAS, c, mask_c, ACC, GIVEN_BIAS)
-    h_demod = _vector(HDEMOD, pair, mask_c, ACC, GIVEN_DEMOD)
-    h_style = _vector(HSTYLE, pair, mask_c, ACC, GIVEN_STYLE)
     strength = tl.full([1], 1.0, ACC)
     if HAS_STRENGTH:
         strength = tl.load(STRENGTH).to(ACC)
@@ -215,14 +213,20 @@ def second(
     zero = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     sum_bias = zero
     sum_demod = zero
-    sum_strength = zero
+    sum_strength = tl.zeros([BLOCK_P], ACC)
     sum_style = zero
-    for i in range(tiles):
+    for i in range(TILES):
         p = start + i * BLOCK_P + tl.arange(0, BLOCK_P)
         mask_p = p < pixels
         mask = mask_p[:, None] & mask_c[None, :]
         gz = tl.load(_tile(GZ, n, c, p, zn, zc, zh, zw, width, SPLIT), mask=mask, other=0.0).to(ACC)
         ref = tl.load(_tile(REF, n, c, p, xn, xc, xh, xw, width, SPLIT), mask=mask, other=0.0).to(ACC)
+        bias = _vector(BIAS, c, mask_c, ACC, HAS_BIAS)
+        demod = _vector(DEMOD, pair, mask_c, ACC, HAS_DEMOD)
+        style = _vector(STYLE, pair, mask_c, ACC, HAS_STYLE)
+        h_bias = _vector(HBIAS, c, mask_c, ACC, GIVEN_BIAS)
+        h_demod = _vector(HDEMOD, pair, mask_c, ACC, GIVEN_DEMOD)
+        h_style = _vector(HSTYLE, pair, mask_c, ACC, GIVEN_STYLE)
         noise = _map(NOISE, n, p, mask_p, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
         h_noise = _map(HNOISE, n, p, mask_p, mn, mh, mw, width, SPLIT, ACC, GIVEN_NOISE)
         h = zero
@@ -268,9 +272,9 @@ def second(
             if GIVEN_X:
                 sum_demod += g * hx
         if WANT_STRENGTH:
-            sum_strength += a * noise[:, None]
+            sum_strength += tl.sum(a, 1) * noise
             if GIVEN_NOISE:
-                sum_strength += g * h_noise[:, None]
+                sum_strength += tl.sum(g, 1) * h_noise
         if WANT_STYLE:
             sum_style += gz * fh
         if WANT_NOISE:
@@ -285,6 +289,6 @@ def second(
                 a += g * h_demod[None, :]
             tl.store(_tile(GX, n, c, p, gn, gc, gh, gw, width, SPLIT), a.to(GX.dtype.element_ty), mask=mask)
     _write_sums(
-        SUMS + row * channels + c, plane, mask_c, sum_bias, sum_demod, sum_strength, sum_style,
+        SUMS + row * channels, plane, c, mask_c, block * BLOCK_C, sum_bias, sum_demod, sum_strength, sum_style,
         WANT_BIAS, WANT_DEMOD, WANT_STRENGTH, WANT_STYLE,
     )  # fmt: skip

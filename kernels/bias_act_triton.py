@@ -45,8 +45,9 @@ from hsrgan.kernels.pointwise_triton import SMOOTH, chain_constants
 from hsrgan.kernels.tiles import Walk, channels_fastest, tile, tiles_per_program, walk
 
 WARPS = 4
-# Values in a tile. 4 warps hold 8 to 16 in each thread, of every operand and of every running sum: a program that keeps
-# several sums has the smaller tile, so that a thread stays below about 100 registers.
+# Values in a tile. 4 warps hold 8 to 16 in each thread, of every operand and of every running sum: programs that keep
+# several sums have the smaller tile. On sm_90 that is 24 to 54 registers without sums, up to 96 for the gradients with
+# all four sums, and 155 for the second derivatives of everything at once; nothing spills.
 TILE, TILE_OF_SUMS = 2048, 1024
 SMALL = ("BIAS", "DEMOD", "NOISE", "STRENGTH", "STYLE")  # the order of these operands everywhere
 
@@ -95,6 +96,7 @@ class _Forward(Function):
         told_by_z = linear or (piecewise and constants["GAIN"] > 0 and residual is None)
         from_y = told_by_z and style is None and not ctx.needs_input_grad[2]
         ctx.chain = chain = _Chain(constants, from_y, x.shape, z.stride())
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(None if from_y and linear else z if from_y else x, bias, demod, noise, strength, style)
 
         over = _walk(chain, small, x, noise, residual, z)
@@ -110,8 +112,12 @@ class _Forward(Function):
     @staticmethod
     def backward(ctx, gz):
         *want, want_residual, _ = launch.wanted(ctx)
-        gradients = _First.apply(gz, *ctx.saved_tensors, ctx.chain, want) if any(want) else (None,) * 6
-        return *gradients, gz if want_residual else None, None
+        if gz is None or not any(want):
+            return (*(None,) * 6, gz if want_residual else None, None)
+        ref, *small = ctx.saved_tensors
+        if ctx.chain.from_y and ref is not None:
+            ref = ref.detach()  # the mask is a constant: no gradient comes back through z
+        return *_First.apply(gz, ref, *small, ctx.chain, want), gz if want_residual else None, None
 
 
 class _First(Function):
@@ -126,9 +132,9 @@ class _First(Function):
         plan = _Plan(chain, over, gz, TILE_OF_SUMS if sum(want_small) > 1 else TILE, want_small)
         launch.run(
             kernels.first, plan.grid, *_pointers(gz, ref, *small, gx, plan.sums, plan.maps),
-            over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.tiles, plan.plane,
+            over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
             *_numbers(over), num_warps=WARPS, FROM_Y=chain.from_y, **_flags("HAS", *small),
-            WANT_X=want_x, **_flags("WANT", *want_small), **chain.constants, **plan.constants,
+            WANT_X=want_x, **_flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
         # the second derivative does not meet gz where z is piecewise linear in x and everything else is a constant
         keep = chain.smooth or style is not None or any(want[2:5]) or ctx.needs_input_grad[3]
@@ -168,10 +174,10 @@ class _Second(Function):
         plan = _Plan(chain, over, like, TILE_OF_SUMS, want_small)
         launch.run(
             kernels.second, plan.grid, *_pointers(gz, ref, *small, hx, *given, ggz, gx, plan.sums, plan.maps),
-            over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.tiles, plan.plane,
+            over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
             *_numbers(over), num_warps=WARPS, FROM_Y=chain.from_y, **_flags("HAS", *small),
             GIVEN_X=hx is not None, **_flags("GIVEN", *given), WANT_Z=want_z, WANT_X=want_x,
-            **_flags("WANT", *want_small), **chain.constants, **plan.constants,
+            **_flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
         return ggz, gx, *plan.totals((bias, demod, noise, strength, style))
 
@@ -212,7 +218,7 @@ class _Plan:
 
     def totals(self, small: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """The gradients of SMALL from the partial sums, each in the shape and dtype of its tensor; None: not wanted."""
-        totals = iter([] if self.sums is None else self.sums.sum(2))  # of each plane: [samples, channels]
+        totals = iter([] if self.sums is None else _sum(self.sums, 2))  # of each plane: [samples, channels]
         out: list[Tensor | None] = []
         for name, t, want in zip(SMALL, small, self.want, strict=True):
             if not want:
@@ -220,12 +226,17 @@ class _Plan:
                 continue
             if name == "NOISE":
                 n, _, *pixels = self.chain.shape
-                total = self.maps.sum(0).reshape(n, 1, *pixels).sum_to_size(t.shape)
+                total = _sum(self.maps, 0).reshape(n, 1, *pixels).sum_to_size(t.shape)
             else:
                 total = next(totals)
-                total = total if name in ("DEMOD", "STYLE") else total.sum(0) if name == "BIAS" else total.sum()
+                total = total if name in ("DEMOD", "STYLE") else _sum(total, 0) if name == "BIAS" else total.sum()
             out.append(total.to(t.dtype).reshape(t.shape))
         return out
+
+
+def _sum(t: Tensor, dim: int) -> Tensor:
+    """t.sum(dim), without a launch where there is one row."""
+    return t.select(dim, 0) if t.shape[dim] == 1 else t.sum(dim)
 
 
 def _walk(chain: _Chain, small: tuple[Tensor | None, ...], *large: Tensor | None) -> Walk:

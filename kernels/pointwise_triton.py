@@ -128,9 +128,7 @@ def pointwise_curvature(v, p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.c
 
 
 @triton.jit
-def pre_activation(
-    x, demod, shift, bias, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_BIAS: tl.constexpr
-):
+def pre_activation(x, demod, shift, bias, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_BIAS: tl.constexpr):
     """p of a tile x [pixels, channels] from demod [channels], shift = noise·strength [pixels] and bias [channels].
 
     What its flag switches off may be anything.
