@@ -7,6 +7,7 @@ times (feature_match once), so that R1 and path length need nothing special. Imp
 from hsrgan.kernels.bias_act import bias_act, bias_act_torch
 from hsrgan.kernels.conv2d import conv2d, conv2d_torch
 from hsrgan.kernels.feature_match import feature_match, feature_match_torch
+from hsrgan.kernels.fir_chain import bias_act_fir, bias_act_fir_torch, fir_bias_act, fir_bias_act_torch
 from hsrgan.kernels.launch import backend, use_backend
 from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch
 from hsrgan.kernels.to_rgb import to_rgb, to_rgb_torch
@@ -22,6 +23,8 @@ from hsrgan.kernels.upfirdn2d import (
 __all__ = [
     "backend",
     "bias_act",
+    "bias_act_fir",
+    "bias_act_fir_torch",
     "bias_act_torch",
     "conv2d",
     "conv2d_torch",
@@ -29,6 +32,8 @@ __all__ = [
     "downsample2d_torch",
     "feature_match",
     "feature_match_torch",
+    "fir_bias_act",
+    "fir_bias_act_torch",
     "modulated_conv2d",
     "modulated_conv2d_torch",
     "to_rgb",

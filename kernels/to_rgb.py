@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch
-from hsrgan.kernels.upfirdn2d import upsample2d, upsample2d_torch
+from hsrgan.kernels.upfirdn2d import check_filter, upsample2d, upsample2d_torch
 
 
 def to_rgb_torch(
@@ -44,12 +44,28 @@ def to_rgb(
     fp32 [N, Cimg, H, W], or half that size, then upsampled with f. Differentiable any number of times in every tensor
     but f.
     """
+    launch.check_images(x)
     launch.check_shape(weight, "weight", weight.shape[0], x.shape[1], 1, 1)
+    launch.check_shape(style, "style", *x.shape[:2])
+    launch.check_shape(bias, "bias", weight.shape[0])
+    launch.check(clamp is None or clamp > 0, f"clamp must be positive; got {clamp}")
+    for name, t in {"weight": weight, "style": style, "bias": bias, "image": image}.items():
+        launch.check(t is None or t.device == x.device, f"{name} must be on the device of x, {x.device}")
     if image is not None:
         launch.check_images(image, "image")
+        channels = (x.shape[0], weight.shape[0])
+        launch.check(image.shape[:2] == channels, f"image must be [N, Cimg] = {channels}; got {list(image.shape[:2])}")
         full, half = x.shape[2:], (x.shape[2] // 2, x.shape[3] // 2)
         launch.check(image.shape[2:] in (full, half), f"image must be {full} or {half} pixels; got {list(image.shape)}")
         launch.check(image.shape[2:] == full or f is not None, "f is needed to upsample image")
+        if image.shape[2:] != full:
+            check_filter(f, x)
+    if launch.backend(x) == "triton" and 1 <= weight.shape[0] <= 4:
+        from hsrgan.kernels.to_rgb_triton import to_rgb_triton
+
+        if image is not None and image.shape[2:] != x.shape[2:] and f.shape != (4,):
+            image = upsample2d(image, f)  # the kernel upsamples by 4 separable taps
+        return to_rgb_triton(x, weight, style, bias, clamp, image, f)
     y = modulated_conv2d(x, weight, style, demodulate=False, bias=bias, act="linear", clamp=clamp)
     y = y if y.itemsize > 4 else y.float()
     if image is None:

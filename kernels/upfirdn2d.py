@@ -15,14 +15,13 @@ from hsrgan.kernels import launch
 Pair = int | tuple[int, int] | list[int]
 
 
-def _pair(value: Pair, name: str) -> tuple[int, int]:
+def pair(value: Pair, name: str) -> tuple[int, int]:
     x, y = (value, value) if isinstance(value, int) else value
-    if x < 1 or y < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
+    launch.check(1 <= x <= 4 and 1 <= y <= 4, f"{name} must lie in 1 … 4; got {value}")
     return x, y
 
 
-def _sides(padding: int | tuple[int, ...] | list[int]) -> tuple[int, int, int, int]:
+def paddings(padding: int | tuple[int, ...] | list[int]) -> tuple[int, int, int, int]:
     """(x0, x1, y0, y1) of an int, an (x, y) or an (x0, x1, y0, y1)."""
     sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
     if len(sides) == 2:
@@ -43,7 +42,7 @@ def upfirdn2d_torch(
     gain: float = 1.0,
 ) -> Tensor:
     """The definition of `upfirdn2d`: insert zeros, pad, a depthwise convolution, keep every down-th pixel."""
-    (ux, uy), (dx, dy), (x0, x1, y0, y1) = _pair(up, "up"), _pair(down, "down"), _sides(padding)
+    (ux, uy), (dx, dy), (x0, x1, y0, y1) = pair(up, "up"), pair(down, "down"), paddings(padding)
     n, c, h, w = x.shape
     x = F.pad(x.reshape(n, c, h, 1, w, 1), (0, ux - 1, 0, 0, 0, uy - 1)).reshape(n, c, h * uy, w * ux)
     x = F.pad(x, (x0, x1, y0, y1))
@@ -111,15 +110,42 @@ def upfirdn2d(
 
     x [N, C, H, W]; f [A, B], [A] (separable, applied along both axes) or None (identity), a constant; up, down: int or
     (x, y); padding in pixels after upsampling: int, (x, y) or (x0, x1, y0, y1), negative crops.
-    Output height: (H·up + y0 + y1 − A) // down + 1. Differentiable any number of times in x (f is not).
+    up and down lie in 1 … 4. Output height: (H·up + y0 + y1 − A) // down + 1, at least 1. Differentiable any number of
+    times in x (f is not). ValueError names an argument that does not fit.
     """
     launch.check_images(x)
-    launch.check(f is None or f.ndim in (1, 2), "f must be a 1-d or 2-d filter, or None")
-    launch.backend(x)
+    check_filter(f, x)
+    up, down, sides = pair(up, "up"), pair(down, "down"), paddings(padding)
+    output_shape(x, f, up, down, sides)
+    if launch.backend(x) == "triton":
+        from hsrgan.kernels.upfirdn2d_triton import upfirdn2d_triton
+
+        return upfirdn2d_triton(x, f, up, down, sides, flip_filter, gain)
     f = x.new_ones(1, 1) if f is None else f.detach()
     f = f.outer(f) if f.ndim == 1 else f
     f = ((f.flip(0, 1) if flip_filter else f) * gain).to(x)
-    return _UpFirDn.apply(x, f, _pair(up, "up"), _pair(down, "down"), _sides(padding))
+    return _UpFirDn.apply(x, f, up, down, sides)
+
+
+def check_filter(f: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError for an f that `upfirdn2d` of x does not take."""
+    if f is None:
+        return
+    if f.ndim not in (1, 2) or f.numel() == 0:
+        raise ValueError(f"f must be a 1-d or 2-d filter, or None; got shape {list(f.shape)}")
+    launch.check(f.device == x.device, f"f must be on the device of x, {x.device}; got {f.device}")
+
+
+def output_shape(
+    x: Tensor, f: Tensor | None, up: tuple[int, int], down: tuple[int, int], sides: tuple[int, int, int, int]
+) -> tuple[int, int, int, int]:
+    """[N, C, height, width] of upfirdn2d(x, f); ValueError where no pixel is left."""
+    a, b = (1, 1) if f is None else (f.shape[0], f.shape[-1])
+    h = (x.shape[2] * up[1] + sides[2] + sides[3] - a) // down[1] + 1
+    w = (x.shape[3] * up[0] + sides[0] + sides[1] - b) // down[0] + 1
+    if h < 1 or w < 1:
+        raise ValueError(f"padding {sides} leaves an output of {h}×{w} pixels of x {list(x.shape)}; f has {a}×{b} taps")
+    return x.shape[0], x.shape[1], h, w
 
 
 def up_padding(taps: int) -> tuple[int, int]:

@@ -1,0 +1,219 @@
+"""bias_act behind a blur and in front of one, in Triton: one pass forward, one for the gradients, one for theirs.
+
+F is the FIR, Fᵀ its transpose (a FIR again), m the slope of act(p)·gain with its clamp, constant where the activation is
+piecewise linear; u = 1 where unclamped. Sums are over pixels.
+
+fir_bias_act    y = clamp(act(demod·F(x) + noise·strength + bias)·gain)             saved: y, the next layer's input
+    v = m·gy    gx = demod·Fᵀ(v)    P = Σ v    Q = Σ gy·y·u    R = Σ v·noise        one pass over gy and y
+    gbias = Σ_n P    gstrength = Σ_nc R    gdemod = Σ v·F(x) = (Q − strength·R − bias·P) / demod
+  The last line spares F(x), which was never written: where v is not 0, m·(demod·F(x) + noise·strength + bias) is y.
+  Of hx, hP, hQ, hR, cotangents of those, with the graph of y going on where y came from:
+    ggy = m·(demod·F(hx) + hP + noise·hR) + y·u·hQ    gy' = gy·u·hQ    gdemod' = Σ v·F(hx)      one pass over hx, y, gy
+
+bias_act_fir    y = F(clamp(act(x + bias)·gain))                                    saved: x
+    gx = m·Fᵀ(gy)    gbias = Σ gx          one pass over gy and x
+    ggy = F(m·hx)                          one pass over hx and x; these two are each other's derivative
+
+In `gx` of fir_bias_act v is made anew for the halo of every tile; the sums count a pixel in the one program whose tile
+holds it (`fir4_triton.centre`).
+
+Bytes per pixel and channel of b bytes each: both forward 2b, gradients 3b, bias_act_fir's second derivative 3b,
+fir_bias_act's 5b (hx, y, gy read, ggy and y's cotangent written). Unfused 4b, 5b, 5b and more.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from hsrgan.kernels import launch
+from hsrgan.kernels.fir4_triton import Sides, centre, empty, is_nhwc, launch_fir4
+from hsrgan.kernels.pointwise_triton import chain_constants
+
+
+class _Blur(NamedTuple):
+    """A FIR that keeps the rate, and the pointwise chain beside it."""
+
+    sides: Sides
+    flip: bool
+    gain: float
+    chain: dict[str, Any]
+
+    @property
+    def adjoint(self) -> "_Blur":
+        x0, x1, y0, y1 = self.sides
+        return self._replace(sides=(3 - x0, 3 - x1, 3 - y0, 3 - y1), flip=not self.flip)
+
+    def run(self, x: Tensor, f: Tensor, nhwc: bool, **options) -> tuple[Tensor, list[Tensor]]:
+        """The output, channels_last if nhwc, and the sums asked for."""
+        n, c, h, w = x.shape
+        x0, x1, y0, y1 = self.sides
+        y = empty(x, n, c, h + y0 + y1 - 3, w + x0 + x1 - 3, nhwc=nhwc)
+        if options.pop("y2", False):
+            options["y2"] = torch.empty_like(y)
+        sums = launch_fir4(
+            x, f, y, sides=self.sides, flip=self.flip, gain=self.gain, chain=self.chain, **options
+        )  # fmt: skip
+        return y, [options["y2"], *sums] if "y2" in options else sums
+
+
+def gradient_fits(sides: Sides) -> bool:
+    """Can one pass take the gradient of fir_bias_act and its sums? Not if the FIR pads by more than 3 or crops."""
+    return centre(tuple(3 - side for side in sides)) >= 0
+
+
+def fir_bias_act_triton(
+    x: Tensor, f: Tensor, bias: Tensor | None, demod: Tensor | None, noise: Tensor | None, strength: Tensor | None,
+    slope: float, act_gain: float, clamp: float | None, sides: Sides, flip: bool, gain: float,
+) -> Tensor:  # fmt: skip
+    """`fir_bias_act` at rate 1 of checked arguments. Differentiable twice in x, bias, demod, strength."""
+    blur = _Blur(sides, flip, float(gain), chain_constants("lrelu", slope, act_gain, clamp, x.dtype))
+    return _FirBiasAct.apply(x, f, bias, demod, noise, strength, blur)
+
+
+class _FirBiasAct(Function):
+    @staticmethod
+    def forward(ctx, x, f, bias, demod, noise, strength, blur):
+        y, _ = blur.run(
+            x, f, is_nhwc(x), back="activate", bias=bias, demod=demod, noise=noise, strength=strength
+        )  # fmt: skip
+        ctx.save_for_backward(y, f, bias, demod, noise, strength)
+        ctx.blur, ctx.nhwc = blur, is_nhwc(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        y, f, bias, demod, noise, strength = ctx.saved_tensors
+        want_x, _, want_bias, want_demod, _, want_strength, _ = launch.wanted(ctx)
+        sums = {
+            "v": want_bias or (want_demod and bias is not None),
+            "product": want_demod,
+            "noise": want_strength or (want_demod and noise is not None),
+        }
+        sums = tuple(name for name, wanted in sums.items() if wanted)
+        gx, *totals = _Gradient.apply(gy, y, f, demod, noise, ctx.blur, ctx.nhwc, sums)
+        total = dict(zip(sums, totals, strict=True))
+        gbias = gdemod = gstrength = None
+        if want_bias:
+            gbias = total["v"].sum(0).to(bias.dtype)
+        if want_strength:
+            gstrength = total["noise"].sum().to(strength.dtype).reshape(strength.shape)
+        if want_demod:
+            gdemod = total["product"]
+            if bias is not None:
+                gdemod = gdemod - total["v"] * bias
+            if noise is not None:
+                gdemod = gdemod - total["noise"] * (1 if strength is None else strength)
+            gdemod = (gdemod / demod).to(demod.dtype)
+        return gx if want_x else None, None, gbias, gdemod, None, gstrength, None
+
+
+class _Gradient(Function):
+    """gy, y → gx and the sums asked for, [N, C] each."""
+
+    @staticmethod
+    def forward(ctx, gy, y, f, demod, noise, blur, nhwc, sums):
+        gx, totals = blur.adjoint.run(
+            gy, f, nhwc, front="slope", source=y, demod=demod, noise=noise if "noise" in sums else None, sums=sums
+        )
+        ctx.save_for_backward(gy, y, f, demod, noise)
+        ctx.blur, ctx.sums = blur, sums
+        ctx.set_materialize_grads(False)
+        return gx, *totals
+
+    @staticmethod
+    def backward(ctx, hx, *given):
+        if hx is None and all(h is None for h in given):
+            return (None,) * 8
+        want_gy, want_y, _, want_demod, *_ = launch.wanted(ctx)
+        h = dict(zip(ctx.sums, given, strict=True))
+        want_y = want_y and h.get("product") is not None
+        ggy, gy2, gdemod = _Tangent.apply(
+            *ctx.saved_tensors, hx, h.get("v"), h.get("noise"), h.get("product"), ctx.blur, want_y, want_demod
+        )
+        return ggy if want_gy else None, gy2, None, gdemod, *(None,) * 4
+
+
+class _Tangent(Function):
+    """What `_Gradient` takes, and the cotangents of what it gives → the gradients of gy, y, demod."""
+
+    @staticmethod
+    def forward(ctx, gy, y, f, demod, noise, hx, h_v, h_noise, h_product, blur, want_y, want_demod):
+        if hx is None:
+            n, c, height, width = y.shape
+            x0, x1, y0, y1 = blur.sides
+            hx = y.new_zeros(()).expand(n, c, height + 3 - y0 - y1, width + 3 - x0 - x1)
+        ggy, rest = blur.run(
+            hx, f, is_nhwc(y), back="tangent", source=y, other=gy, y2=want_y, demod=demod,
+            noise=None if h_noise is None else noise, add=h_v, noise_add=h_noise, source_add=h_product,
+            sums=("back",) if want_demod else (),
+        )  # fmt: skip
+        return ggy, rest.pop(0) if want_y else None, rest[0].to(demod.dtype) if want_demod else None
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("fir_bias_act has two derivatives in Triton; a third needs HSRGAN_BACKEND=torch")
+
+
+def bias_act_fir_triton(
+    x: Tensor, f: Tensor, bias: Tensor | None, slope: float, act_gain: float, clamp: float | None, sides: Sides,
+    flip: bool, gain: float,
+) -> Tensor:  # fmt: skip
+    """`bias_act_fir` at rate 1 of checked arguments. Differentiable any number of times in x and bias."""
+    blur = _Blur(sides, flip, float(gain), chain_constants("lrelu", slope, act_gain, clamp, x.dtype))
+    return _BiasActFir.apply(x, f, bias, blur)
+
+
+class _BiasActFir(Function):
+    @staticmethod
+    def forward(ctx, x, f, bias, blur):
+        ctx.save_for_backward(x, f, bias)
+        ctx.blur = blur
+        return blur.run(x, f, is_nhwc(x), front="activate", bias=bias)[0]
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, f, bias = ctx.saved_tensors
+        want_x, _, want_bias, _ = launch.wanted(ctx)
+        gx, *total = _FirSlope.apply(gy, x, f, bias, ctx.blur.adjoint, want_bias)
+        gbias = total[0].sum(0).to(bias.dtype) if want_bias else None
+        return gx if want_x else None, None, gbias, None
+
+
+class _FirSlope(Function):
+    """t → m·blur(t), and its sums over pixels [N, C] if asked for; m from x and bias, of which it is no function."""
+
+    @staticmethod
+    def forward(ctx, t, x, f, bias, blur, want_sum):
+        ctx.save_for_backward(x, f, bias)
+        ctx.blur, ctx.nhwc = blur, is_nhwc(t)
+        ctx.set_materialize_grads(False)
+        y, totals = blur.run(
+            t, f, is_nhwc(x), back="slope", of_y=False, source=x, bias=bias, sums=("back",) if want_sum else ()
+        )
+        return y, *totals
+
+    @staticmethod
+    def backward(ctx, h, *h_sum):
+        x, f, bias = ctx.saved_tensors
+        if h_sum and h_sum[0] is not None:
+            each = h_sum[0].to(x.dtype)[:, :, None, None]
+            h = each.expand(x.shape) if h is None else h + each
+        gt = None if h is None else _SlopeFir.apply(h, x, f, bias, ctx.blur.adjoint, ctx.nhwc)
+        return gt, None, None, None, None, None
+
+
+class _SlopeFir(Function):
+    """t → blur(m·t), the transpose of `_FirSlope`."""
+
+    @staticmethod
+    def forward(ctx, t, x, f, bias, blur, nhwc):
+        ctx.save_for_backward(x, f, bias)
+        ctx.blur = blur
+        return blur.run(t, f, nhwc, front="slope", of_y=False, source=x, bias=bias)[0]
+
+    @staticmethod
+    def backward(ctx, h):
+        x, f, bias = ctx.saved_tensors
+        return _FirSlope.apply(h, x, f, bias, ctx.blur.adjoint, False)[0], None, None, None, None, None

@@ -1,0 +1,331 @@
+"""to_rgb in Triton: x is read once, forward, and once for all its gradients.
+
+    v[n,o,c] = w[o,c]·style[n,c]                                     a small product of PyTorch's: autograd does the rest
+    t[n,o,p] = Σ_c x[n,c,p]·v[n,o,c]                                 project
+    y = upsample(image) + clamp(t + bias)
+    gx = Σ_o g·v      gv = Σ_p g·x      gbias = Σ_np g               one pass; g = gy where unclamped
+    gimage = the transpose of upsample, an upfirdn2d
+
+t is linear in x and in v: every derivative is one of the lines above, so that any order holds. What was clamped is kept
+as a bit for each output, one byte a pixel.
+
+Bytes per pixel with C channels of b bytes and 3 outputs: forward C·b + 12 (+ 3 for the smaller image, + 1 with a clamp),
+gradients 2·C·b + 12 (+ 1).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+
+from hsrgan.kernels import launch
+from hsrgan.kernels.fir4_triton import accumulator, empty, is_nhwc
+from hsrgan.kernels.tiles import tile, tiles_per_program
+from hsrgan.kernels.upfirdn2d_triton import UpFirDn
+
+MAX_OUTPUTS = 4
+
+
+@triton.jit
+def project_tile(x, V, ch, ch_ok, ACC: tl.constexpr):
+    """x [pixels, channels] in ACC times one row of v, V pointing to its channel 0: not summed over the channels yet.
+
+    For any kernel that holds a tile of features: add these up over its channel blocks, then tl.sum(…, 1).
+    """
+    return x * tl.load(V + ch, mask=ch_ok, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def _upsampled(IMAGE, F, i, j, height, width, i_h, i_w, ok, ACC: tl.constexpr):
+    """2× upsampling by 4 taps, padding [2, 1], gain 4, at rows i and columns j: 2 × 2 taps. height, width: of IMAGE."""
+    odd_i, odd_j = i % 2, j % 2
+    row, col = i // 2 - 1 + odd_i, j // 2 - 1 + odd_j
+    total = 0.0
+    for a in tl.static_range(2):
+        row_ok = ok & (row + a >= 0) & (row + a < height)
+        along = 0.0
+        for b in tl.static_range(2):
+            at = row_ok & (col + b >= 0) & (col + b < width)
+            tap = tl.load(F + 3 - odd_j - 2 * b).to(ACC)
+            along += tap * tl.load(IMAGE + (row + a).to(tl.int64) * i_h + (col + b) * i_w, mask=at, other=0.0).to(ACC)
+        total += along * tl.load(F + 3 - odd_i - 2 * a).to(ACC)
+    return total * 4.0
+
+
+@triton.jit
+def _finish(total, o: tl.constexpr, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h, i_w,
+            bits, CLAMP: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """Bias, clamp and image for output o, stored; the bits so far, with o's."""
+    if BIAS is not None:
+        total += tl.load(BIAS + o).to(ACC)
+    if CLAMP is not None:
+        bits += tl.where(tl.abs(total) < CLAMP, 0, 1 << o)
+        total = tl.where(total > CLAMP, CLAMP, tl.where(total < -CLAMP, -CLAMP, total))
+    if IMAGE is not None:
+        i, j = p // width, p % width
+        image = IMAGE + n * i_n + o * i_c
+        if UP:
+            total += _upsampled(image, F, i, j, image_h, image_w, i_h, i_w, ok, ACC)
+        else:
+            total += tl.load(image + i.to(tl.int64) * i_h + j * i_w, mask=ok, other=0.0).to(ACC)
+    tl.store(Y + n * y_n + o * y_c + p * y_w, total.to(Y.dtype.element_ty), mask=ok)
+    return bits
+
+
+@triton.jit
+def _pixels_at(p, width, t_h, t_w, SPLIT: tl.constexpr):
+    """Offsets of pixels p in a tensor whose rows lie t_h apart; without SPLIT t_h is width·t_w."""
+    if SPLIT:
+        at = (p // width).to(tl.int64) * t_h + (p % width) * t_w
+    else:
+        at = p.to(tl.int64) * t_w
+    return at
+
+
+@triton.jit
+def project(
+    X, V, BIAS, IMAGE, F, MASK, Y, channels, pixels, width, chunks, image_h, image_w,
+    x_n, x_c, x_h, x_w, y_n, y_c, y_w, i_n, i_c, i_h, i_w,
+    OUTPUTS: tl.constexpr, CLAMP: tl.constexpr, UP: tl.constexpr, GIVEN_MASK: tl.constexpr, SPLIT: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """PIXELS pixels of y, all outputs. MASK is written, or GIVEN: y is zero where its bits are set."""
+    n = (tl.program_id(0) // chunks).to(tl.int64)
+    p = (tl.program_id(0) % chunks) * PIXELS + tl.arange(0, PIXELS)
+    ok = p < pixels
+    x_row = (X + n * x_n + _pixels_at(p, width, x_h, x_w, SPLIT))[:, None]
+    v = V + n * channels * OUTPUTS
+    t0 = tl.zeros([PIXELS, CHANNELS], ACC)
+    t1, t2, t3 = t0, t0, t0
+    for start in range(0, channels, CHANNELS):
+        ch = start + tl.arange(0, CHANNELS)
+        ch_ok = ch < channels
+        x = tl.load(x_row + (ch.to(tl.int64) * x_c)[None, :], mask=ok[:, None] & ch_ok[None, :], other=0.0).to(ACC)
+        t0 += project_tile(x, v, ch, ch_ok, ACC)
+        if OUTPUTS > 1:
+            t1 += project_tile(x, v + channels, ch, ch_ok, ACC)
+        if OUTPUTS > 2:
+            t2 += project_tile(x, v + 2 * channels, ch, ch_ok, ACC)
+        if OUTPUTS > 3:
+            t3 += project_tile(x, v + 3 * channels, ch, ch_ok, ACC)
+    bits = tl.zeros([PIXELS], tl.int32)
+    hidden = bits
+    if GIVEN_MASK:
+        hidden = tl.load(MASK + n * pixels + p, mask=ok, other=0).to(tl.int32)
+    for o in tl.static_range(OUTPUTS):
+        total = tl.sum(t0 if o == 0 else t1 if o == 1 else t2 if o == 2 else t3, 1)
+        if GIVEN_MASK:
+            total = tl.where((hidden >> o) & 1 == 1, 0.0, total)
+        bits = _finish(total, o, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h, i_w,
+                       bits, CLAMP, UP, ACC)  # fmt: skip
+    if MASK is not None:
+        if not GIVEN_MASK:
+            tl.store(MASK + n * pixels + p, bits.to(tl.uint8), mask=ok)
+
+
+@triton.jit
+def _incoming(GY, n, o: tl.constexpr, p, ok, hidden, width, g_n, g_c, g_h, g_w, ACC: tl.constexpr):
+    """g of output o [pixels]: gy, or 0 where it was clamped."""
+    at = GY + n * g_n + o * g_c + (p // width).to(tl.int64) * g_h + (p % width) * g_w
+    g = tl.load(at, mask=ok, other=0.0).to(ACC)
+    return tl.where((hidden >> o) & 1 == 1, 0.0, g)
+
+
+@triton.jit
+def gradient(
+    GY, X, V, MASK, GX, GV, GBIAS, channels, pixels, width, chunks, tiles,
+    g_n, g_c, g_h, g_w, x_n, x_c, x_h, x_w, d_n, d_c, d_w,
+    OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`tiles` tiles of gx, and their sums: GV [N, chunks, OUTPUTS, C], GBIAS [N, chunks, OUTPUTS]; None: not wanted."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    block = tl.program_id(0) % blocks
+    chunk = tl.program_id(0) // blocks
+    n = (chunk // chunks).to(tl.int64)
+    first = (chunk % chunks) * tiles * PIXELS
+    ch = block * CHANNELS + tl.arange(0, CHANNELS)
+    ch_ok = ch < channels
+    wide = ch.to(tl.int64)
+    v = V
+    if GX is not None:
+        v = V + n * channels * OUTPUTS + ch
+    s0 = tl.zeros([PIXELS, CHANNELS], ACC)
+    s1, s2, s3 = s0, s0, s0
+    b0 = tl.zeros([PIXELS], ACC)
+    b1, b2, b3 = b0, b0, b0
+    for k in range(tiles):
+        p = first + k * PIXELS + tl.arange(0, PIXELS)
+        ok = p < pixels
+        both = ok[:, None] & ch_ok[None, :]
+        hidden = tl.zeros([PIXELS], tl.int32)
+        if MASK is not None:
+            hidden = tl.load(MASK + n * pixels + p, mask=ok, other=0).to(tl.int32)
+        x = s0
+        if GV is not None:
+            x_at = X + n * x_n + _pixels_at(p, width, x_h, x_w, SPLIT)
+            x = tl.load(x_at[:, None] + (wide * x_c)[None, :], mask=both, other=0.0).to(ACC)
+        gx = tl.zeros([PIXELS, CHANNELS], ACC)
+        for o in tl.static_range(OUTPUTS):
+            g = _incoming(GY, n, o, p, ok, hidden, width, g_n, g_c, g_h, g_w, ACC)
+            if GX is not None:
+                gx += g[:, None] * tl.load(v + o * channels, mask=ch_ok, other=0.0).to(ACC)[None, :]
+            if o == 0:
+                s0 += g[:, None] * x
+                b0 += g
+            elif o == 1:
+                s1 += g[:, None] * x
+                b1 += g
+            elif o == 2:
+                s2 += g[:, None] * x
+                b2 += g
+            else:
+                s3 += g[:, None] * x
+                b3 += g
+        if GX is not None:
+            d_at = GX + n * d_n + p.to(tl.int64) * d_w
+            tl.store(d_at[:, None] + (wide * d_c)[None, :], gx.to(GX.dtype.element_ty), mask=both)
+    for o in tl.static_range(OUTPUTS):
+        if GV is not None:
+            s = tl.sum(s0 if o == 0 else s1 if o == 1 else s2 if o == 2 else s3, 0)
+            tl.store(GV + (chunk.to(tl.int64) * OUTPUTS + o) * channels + ch, s, mask=ch_ok)
+        if GBIAS is not None:
+            b = tl.sum(b0 if o == 0 else b1 if o == 1 else b2 if o == 2 else b3, 0)
+            tl.store(GBIAS + chunk * OUTPUTS + o, b, mask=block == 0)
+
+
+def to_rgb_triton(
+    x: Tensor, weight: Tensor, style: Tensor, bias: Tensor | None, clamp: float | None, image: Tensor | None,
+    f: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`to_rgb` of checked arguments with at most MAX_OUTPUTS outputs; f 4 separable taps where image is smaller."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    v = weight.flatten(1).to(wide) * style.to(wide)[:, None]
+    bias = None if bias is None else bias.to(wide)
+    image = None if image is None else image.to(wide)
+    return _ToRGB.apply(x, v, bias, image, None if f is None else f.detach(), clamp)
+
+
+class _ToRGB(Function):
+    """x, v, bias, image → y. Differentiable any number of times in all four."""
+
+    @staticmethod
+    def forward(ctx, x, v, bias, image, f, clamp):
+        mask = None
+        if clamp is not None:
+            n, _, h, w = x.shape
+            mask = torch.empty(n, h, w, dtype=torch.uint8, device=x.device)
+        up = image is not None and image.shape[2:] != x.shape[2:]
+        y = _launch_project(x, v, bias, image, f if up else None, clamp, mask, False)
+        ctx.save_for_backward(x, v, mask, f)
+        ctx.nhwc = None if image is None else is_nhwc(image)
+        ctx.up = up
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, v, mask, f = ctx.saved_tensors
+        want_x, want_v, want_bias, want_image, *_ = launch.wanted(ctx)
+        gx = gv = gbias = gimage = None
+        if want_x or want_v or want_bias:
+            gx, gv, gbias = _Gradient.apply(gy, x, v, mask, want_x, want_v, want_bias)
+        if want_image:
+            # the transpose of upsampling: padding [1, 1], mirrored taps, gain 4 still
+            gimage = gy
+            if ctx.up:
+                gimage = UpFirDn.apply(gy, f, (1, 1), (2, 2), (1, 1, 1, 1), True, 4.0, ctx.nhwc)
+        return gx, gv, gbias, gimage, None, None
+
+
+class _Gradient(Function):
+    """gy, x, v → gx, gv, gbias, as far as wanted, of gy where mask does not hide it."""
+
+    @staticmethod
+    def forward(ctx, gy, x, v, mask, want_x, want_v, want_bias):
+        ctx.save_for_backward(gy, x, v, mask)
+        ctx.set_materialize_grads(False)
+        return _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias)
+
+    @staticmethod
+    def backward(ctx, hx, hv, hbias):
+        gy, x, v, mask = ctx.saved_tensors
+        want_gy, want_x, want_v, *_ = launch.wanted(ctx)
+        ggy = gx = gv = None
+        if want_gy:
+            parts = [] if hx is None else [_Project.apply(hx, v, mask)]
+            parts += [] if hv is None else [_Project.apply(x, hv, mask)]
+            parts += [] if hbias is None else [_shown(hbias, gy, mask)]
+            ggy = sum(parts[1:], parts[0]) if parts else None
+        if want_x and hv is not None:
+            gx, _, _ = _Gradient.apply(gy, x, hv, mask, True, False, False)
+        if want_v and hx is not None:
+            _, gv, _ = _Gradient.apply(gy, hx, v, mask, False, True, False)
+        return ggy, gx, gv, *[None] * 4
+
+
+class _Project(Function):
+    """x, v → Σ_c x·v where mask does not hide it: linear in both."""
+
+    @staticmethod
+    def forward(ctx, x, v, mask):
+        ctx.save_for_backward(x, v, mask)
+        return _launch_project(x, v, None, None, None, None, mask, mask is not None)
+
+    @staticmethod
+    def backward(ctx, gy):
+        x, v, mask = ctx.saved_tensors
+        want_x, want_v, _ = launch.wanted(ctx)
+        gx, gv, _ = _Gradient.apply(gy, x, v, mask, want_x, want_v, False)
+        return gx, gv, None
+
+
+def _shown(each: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:
+    """each [outputs], as a map like `like`, zero where mask hides it."""
+    each = each[:, None, None].expand(like.shape)
+    if mask is None:
+        return each
+    bits = torch.arange(like.shape[1], device=like.device, dtype=torch.uint8)[:, None, None]
+    return each * ((mask[:, None] >> bits) & 1 == 0)
+
+
+def _flat(t: Tensor) -> bool:
+    """Do the pixels of t [N, C, H, W] lie evenly, one stride for all?"""
+    return t.shape[2] == 1 or t.stride(2) == t.shape[3] * t.stride(3)
+
+
+def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
+    n, c, h, w = x.shape
+    outputs = v.shape[1]
+    y = empty(v, n, outputs, h, w, nhwc=is_nhwc(x))
+    pixels, channels = tile(c, h * w, is_nhwc(x), 4 * 32 * max(4, 32 // x.itemsize))
+    chunks = -(-h * w // pixels)
+    image_numbers = (0,) * 6 if image is None else (*image.shape[2:], *image.stride())
+    launch.run(
+        project, (n * chunks,),
+        x, v.contiguous(), None if bias is None else bias.contiguous(), image, None if f is None else f.contiguous(),
+        mask, y, c, h * w, w, chunks, *image_numbers[:2],
+        *x.stride(), y.stride(0), y.stride(1), y.stride(3), *image_numbers[2:],
+        OUTPUTS=outputs, CLAMP=clamp, UP=f is not None, GIVEN_MASK=given_mask, SPLIT=not _flat(x),
+        PIXELS=pixels, CHANNELS=channels, ACC=accumulator(x),
+    )  # fmt: skip
+    return y
+
+
+def _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    n, c, h, w = x.shape
+    outputs = v.shape[1]
+    gx = empty(x, n, c, h, w, nhwc=is_nhwc(x)) if want_x else None
+    pixels, channels = tile(c, h * w, is_nhwc(x), 1024 if x.itemsize <= 4 else 512)
+    blocks, chunks = -(-c // channels), -(-h * w // pixels)
+    tiles = tiles_per_program(n * chunks * blocks)
+    chunks = -(-chunks // tiles)
+    gv = torch.empty(n, chunks, outputs, c, dtype=v.dtype, device=x.device) if want_v else None
+    gbias = torch.empty(n, chunks, outputs, dtype=v.dtype, device=x.device) if want_bias else None
+    strides = (0, 0, 0) if gx is None else (gx.stride(0), gx.stride(1), gx.stride(3))
+    launch.run(
+        gradient, (n * chunks * blocks,),
+        gy, x, v.contiguous(), mask, gx, gv, gbias, c, h * w, w, chunks, tiles,
+        *gy.stride(), *x.stride(), *strides,
+        OUTPUTS=outputs, SPLIT=not _flat(x), PIXELS=pixels, CHANNELS=channels, ACC=accumulator(x),
+    )  # fmt: skip
+    return gx, None if gv is None else gv.sum(1), None if gbias is None else gbias.sum((0, 1))
