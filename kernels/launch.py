@@ -16,6 +16,7 @@ BACKENDS = ("torch", "triton")
 
 _requested = os.environ.get("HSRGAN_BACKEND") or None
 _recording: list["Launch"] | None = None
+_tf32 = False
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
@@ -53,6 +54,19 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested = before
+
+
+def allow_tf32(allowed: bool = True) -> None:
+    """fp32 products on tensor cores at 10 bits of mantissa, or not (the default): the kernels' and PyTorch's own."""
+    global _tf32
+    _tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def tf32_allowed() -> bool:
+    """What the last `allow_tf32` said."""
+    return _tf32
 
 
 @dataclass(frozen=True)
