@@ -138,9 +138,9 @@ def distance_and_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(loss [], dy like y, dbias [Ct]); without gradients if keep is None.
 
-    y [N, h', w', Ct]; target [N, Ct, h, w] of any strides; size: the image's, (H, W). dy is `keep` times the gradient and
-    dbias the gradient, both times N·h·w·Ct, half of that for mse: their size is the distance's, which half precision
-    holds.
+    y [N, h', w', Ct]; target [N, Ct, h, w] of any strides; size: the image's, (H, W). dy is `keep` times the gradient
+    and dbias the gradient, both times N·h·w·Ct (mse: half of that): of the size of the distance itself, which half
+    precision holds.
     """
     n, channels, th, tw = target.shape
     gh, gw = y.shape[1:3]

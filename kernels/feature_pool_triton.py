@@ -3,7 +3,7 @@ pass each way, so that the hidden map (4096 channels wide) never reaches memory.
 
     bins[n, i, j, k] = 2^−e · Σ over the pixels p of bin (i, j) of relu(Σ_c w1[k, c]·x[n, c, p] + b1[k])
 
-and, with dh[p, k] = (hidden > 0)·Σ over the bins holding p of dbins[n, i, j, k], made a tile at a time and never stored,
+and, with dh[p, k] = (hidden > 0)·Σ over the bins holding p of dbins[n, i, j, k], made by the tile and never stored,
 
     dx[n, c, p] = α Σ_k dh[p, k]·w1[k, c];   dw1[k, c] = α Σ_p dh[p, k]·x[n, c, p];   db1[k] = α Σ_p dh[p, k]
 
@@ -38,12 +38,12 @@ def _membership(y0, chunk, q0, H, W, h, w, NI: tl.constexpr, R: tl.constexpr, WB
 @triton.jit
 def pool_kernel(
     x, weight, bias, bins, positive,
-    N, C, H, W, K, h, w, sn, sc, sh, sw, scale, bin_rows, row_parts, col_parts, row_bytes,
+    N, C, H, W, K, h, w, sn, sc, sh, sw, wk, wc, scale, bin_rows, row_parts, col_parts, row_bytes,
     NI: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, JB: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
     NC: tl.constexpr, SHARED: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """bins [N, h, w, K] and, if KEEP, the bits. weight [K, C], bias [K].
+    """bins [N, h, w, K] and, if KEEP, the bits. weight [K, C], strides wk and wc; bias [K].
 
     Program (block of BN hidden channels; NI images, `bin_rows` bin rows, JB bin columns). NC = ⌈C/BC⌉ products make a
     tile; with NC = 1 the weights are loaded once and stay.
@@ -65,7 +65,7 @@ def pool_kernel(
     n = (group * NI + m // (R * WB)).to(tl.int64)
     q = tl.arange(0, Q)
     b = tl.load(bias + k, mask=k < K, other=0).to(ACC)
-    w_at = weight + k[:, None] * C + c[None, :]
+    w_at = weight + k[:, None] * wk + c[None, :] * wc
     if NC == 1:
         kept = tl.load(w_at, mask=(k < K)[:, None] & (c < C)[None, :], other=0).to(DOT)
     out = bins + ((group * NI + q // JB).to(tl.int64) * h * w + j0 + q % JB)[None, :] * K + k[:, None]
@@ -86,7 +86,7 @@ def pool_kernel(
         if NC == 1:
             acc = tl.dot(kept, tl.trans(tile), input_precision=PRECISION, out_dtype=ACC)
         else:
-            wt = tl.load(w_at + t % NC * BC, mask=(k < K)[:, None] & (cc < C)[None, :], other=0).to(DOT)
+            wt = tl.load(w_at + t % NC * BC * wc, mask=(k < K)[:, None] & (cc < C)[None, :], other=0).to(DOT)
             acc = tl.dot(wt, tl.trans(tile), acc, input_precision=PRECISION, out_dtype=ACC)
         if t % NC == NC - 1:
             acc += b[:, None]
@@ -107,7 +107,8 @@ def pool_kernel(
             i = y0 * h // H
             if (step % chunks == chunks - 1) & (((y0 + R) * h // H > i) | (y0 + R >= row1)):
                 # a part may begin with a row that also belongs to the bin row above, which is another program's
-                tl.store(out + i * w * K, (here * scale).to(bins.dtype.element_ty), mask=stored & (i + 0 * q >= i0)[None, :])
+                ours = (i + 0 * q >= i0)[None, :]
+                tl.store(out + i * w * K, (here * scale).to(bins.dtype.element_ty), mask=stored & ours)
                 here = after
                 after = tl.zeros([BN, Q], ACC)
             acc = tl.zeros([BN, BM], ACC)
@@ -126,11 +127,11 @@ def _bits(byte, sets: tl.constexpr, WB: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def dx_kernel(
     dbins, positive, weight, alpha, dx,
-    N, C, H, W, K, h, w, sn, sc, sh, sw, row_tiles, chunks, row_bytes,
+    N, C, H, W, K, h, w, sn, sc, sh, sw, wk, wc, row_tiles, chunks, row_bytes,
     NI: tl.constexpr, R: tl.constexpr, WB: tl.constexpr, JB: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx, strides s·, from dbins [N, h, w, K], the bits and weight [K, C]; alpha [1]. Program (BC channels; tile)."""
+    """dx, strides s·, from dbins [N, h, w, K], the bits and weight; alpha [1]. Program (BC channels; tile)."""
     BM: tl.constexpr = NI * R * WB
     Q: tl.constexpr = 2 * NI * JB
     part = tl.program_id(1)
@@ -154,7 +155,8 @@ def dx_kernel(
         ok = ((nu < N) & (yu < H))[:, None, None] & (k < K)[None, None, :]
         byte = tl.load(from_bits + k[None, None, :], mask=ok, other=0)
         dh = tl.where(_bits(byte, NI * R, WB, BK), dh, 0.0).to(DOT)
-        wt = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0).to(DOT)
+        at = weight + k[:, None] * wk + c[None, :] * wc
+        wt = tl.load(at, mask=(k < K)[:, None] & (c < C)[None, :], other=0).to(DOT)
         acc = tl.dot(dh, wt, acc, input_precision=PRECISION, out_dtype=ACC)
     m = tl.arange(0, BM)
     n, row, col = (group * NI + m // (R * WB)).to(tl.int64), y0 + m // WB % R, chunk * WB + m % WB
