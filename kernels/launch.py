@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +142,38 @@ def _will_run(node: torch.autograd.graph.Node) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # raised for a leaf that autograd.grad was asked about
         return True
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a Function's backward that has no derivative of its own: differentiating its results raises.
+
+    PyTorch's decorator of this name raises only if an incoming gradient requires grad and the engine walks to the end
+    of the graph. Under autograd.grad(y.sum(), x, create_graph=True), or with autograd.grad for the penalty too, its
+    results count as constants and the penalty's gradient is a silent zero. Here they depend on all that was saved.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *gradients):
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():  # nobody asked for create_graph
+            return results
+        results = results if isinstance(results, tuple) else (results,)
+        found = [t for t in results if t is not None]
+        marked = iter(_Refusal.apply(len(found), *found, *ctx.saved_tensors, *gradients))
+        return tuple(None if t is None else next(marked) for t in results)
+
+    return wrapper
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("this gradient has no derivative: the docstring of the op says how often it can be taken")
 
 
 def check(ok: bool, message: str) -> None:

@@ -1,0 +1,449 @@
+"""The op contract: what every Triton op must hold, as named checks, so that a failure says which one caught it.
+
+    case = OpCase("bias_act", bias_act, bias_act_torch, make)
+    check(case)                                             # every check, one message with all that failed
+    @pytest.mark.parametrize("name", CHECKS)                # or one test a check
+    def test_contract(name): check(case, name)
+
+The truth is `op_torch` in fp64. Kernels run in Triton's interpreter (TRITON_INTERPRET=1), or on the GPU where there is
+one and TRITON_INTERPRET=0. While an op runs, `watched` fills everything that torch.empty and its kin hand out with NaN,
+and lets no interpreted kernel touch memory outside its tensors.
+"""
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import _disable_current_modes
+from watched import Watch, device, watched
+
+RAGGED = (1, 3, 7, 63, 100, 129)  # around the usual tiles of 64 and 128, and far below them
+SIZES = (
+    *((1, c, 2, 3) for c in RAGGED),
+    *((2, 2, 1, w) for w in RAGGED),
+    *((1, 3, h, 2) for h in (7, 63)),
+    (3, 33, 5, 7),
+    (0, 3, 4, 5),
+)
+LAYOUT_SIZES = ((2, 5, 4, 6), (2, 17, 3, 5))
+HALVES_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+FREE = 4 * torch.finfo(torch.float32).eps  # of the norm, in every dtype: sums are taken in another order
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One op with one set of options.
+
+    op, op_torch: called with the tensors of `make`, in that order; op as the user calls it (it chooses Triton itself).
+    make(n, c, h, w): fp64 tensors on the CPU, from torch's generator; the first is x. low: which of them are in the
+    dtype under test in `precision` (the others stay fp32, as weights and styles do). constants: which never need a
+    gradient (a filter, a target). order: how often the op is differentiable; beyond it must raise or be right.
+    may_copy: op may copy tensors as large as x. precise_order: up to which derivative `precision` looks.
+    """
+
+    name: str
+    op: Callable[..., Tensor]
+    op_torch: Callable[..., Tensor]
+    make: Callable[[int, int, int, int], Sequence[Tensor]]
+    low: tuple[int, ...] = (0,)
+    constants: tuple[int, ...] = ()
+    order: int = 2
+    precise_order: int = 1
+    may_copy: bool = False
+    sizes: tuple[tuple[int, int, int, int], ...] = SIZES
+    layout_sizes: tuple[tuple[int, int, int, int], ...] = LAYOUT_SIZES
+    precision_sizes: tuple[tuple[int, int, int, int], ...] = ((2, 16, 6, 5), (1, 7, 9, 8))
+    determinism_size: tuple[int, int, int, int] = (2, 3, 9, 15)
+    gradcheck_size: tuple[int, int, int, int] = (2, 3, 3, 2)
+    slow_size: tuple[int, int, int, int] = (1, 2, 1, 2)
+    dtypes: tuple[torch.dtype, ...] = HALVES_AND_SINGLE
+
+    def tensors(self, size: Sequence[int], seed: int = 0) -> list[Tensor]:
+        torch.manual_seed(seed)
+        return [t.to(device()) for t in self.make(*size)]
+
+    def free(self, count: int) -> list[int]:
+        """The indices that may need a gradient."""
+        return [i for i in range(count) if i not in self.constants]
+
+
+Results = dict[str, Tensor]
+
+
+def derivatives(
+    function: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    wanted: Sequence[int],
+    order: int,
+    *,
+    seed: int = 0,
+    gradient: Callable[[Tensor], Tensor] = lambda g: g,
+    watch: Watch | None = None,
+    results: Results | None = None,
+) -> Results:
+    """y; the gradients of <y, g>; the gradients of <those, v> by every input and by g; and so on up to `order`.
+
+    g and v are fixed random tensors, `gradient` puts g into another layout. A derivative that autograd does not reach
+    is zero here, as it would be in a penalty. watch counts launches by level under its `levels`. `results` is filled
+    as far as it goes before something raises.
+    """
+    results = {} if results is None else results
+    leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    y = function(*leaves)
+    results["y"] = y.detach()
+    if watch:
+        watch.level("forward")
+    sources = {f"input {i}": leaves[i] for i in wanted}
+    if order == 0 or not sources:
+        return results
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def like(t: Tensor) -> Tensor:
+        """Normal, in steps of 1/32: every dtype holds it exactly."""
+        return (torch.randn(t.shape, generator=generator, dtype=torch.float64) * 32).round().div(32).to(t)
+
+    with _disable_current_modes():  # what is made here is not the op's doing
+        upstream = gradient(like(y)).detach().requires_grad_(order > 1)
+    level = [(y, upstream)]
+    for k in range(1, order + 1):
+        outputs = [(o, v) for o, v in level if o.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(sources)
+        if outputs:
+            found = torch.autograd.grad(
+                [o for o, _ in outputs],
+                list(sources.values()),
+                [v for _, v in outputs],
+                create_graph=k < order,
+                allow_unused=True,
+            )
+        if watch:
+            watch.level("gradients" if k == 1 else f"order {k}")
+        level = []
+        for (name, source), value in zip(sources.items(), found, strict=True):
+            value = torch.zeros_like(source) if value is None else value
+            results[f"order {k}, {name}"] = value.detach()
+            with _disable_current_modes():
+                level.append((value, like(value)))
+        sources.setdefault("output gradient", upstream)
+    return results
+
+
+def truth_and_op(
+    case: OpCase, tensors: Sequence[Tensor], order: int, wanted: Sequence[int] | None = None, **options
+) -> tuple[Results, Results, Watch]:
+    """`derivatives` of op_torch and of op on fp64 tensors, op watched."""
+    wanted = case.free(len(tensors)) if wanted is None else wanted
+    truth = derivatives(case.op_torch, tensors, wanted, order, **options)
+    with watched() as watch:
+        fast = derivatives(case.op, tensors, wanted, order, watch=watch, **options)
+    return truth, fast, watch
+
+
+def assert_equal(truth: Results, fast: Results, what: str, level: str = "") -> None:
+    """Element by element within 1e-10 of the mean size (at least of 1): fp64 sums in any order."""
+    for name, expected in truth.items():
+        if not name.startswith(level):
+            continue
+        value = fast[name]
+        shapes = f"shape {list(value.shape)}, not {list(expected.shape)}"
+        assert value.shape == expected.shape, f"{what}: {name} has {shapes}"
+        assert value.dtype == expected.dtype, f"{what}: {name} is {value.dtype}, not {expected.dtype}"
+        if expected.numel() == 0:
+            continue
+        known = expected.isfinite()  # the mean over no image at all is NaN in the definition too
+        bound = 1e-10 * (1 + expected[known].abs().sum() / max(int(known.sum()), 1))
+        bad = known & ~((value - expected).abs() <= bound)
+        at = bad.nonzero()[:1].tolist()
+        assert not bad.any(), f"{what}: {name} is wrong in {int(bad.sum())} of {bad.numel()} places, first {at}"
+
+
+@dataclass
+class Run:
+    """One size of the sweep that several checks look at: the truth, the op's results as far as it came, the watch."""
+
+    size: tuple[int, ...]
+    truth: Results
+    fast: Results
+    watch: Watch
+    error: Exception | None = None
+
+
+@functools.lru_cache(maxsize=1)
+def sweep(case: OpCase) -> list[Run]:
+    """Every size of the case in fp64, up to the order of the op, torch.empty full of NaN."""
+    runs = []
+    for size in case.sizes:
+        tensors = case.tensors(size)
+        wanted = case.free(len(tensors))
+        run = Run(size, derivatives(case.op_torch, tensors, wanted, case.order), {}, Watch())
+        with watched() as run.watch:
+            try:
+                derivatives(case.op, tensors, wanted, case.order, results=run.fast)
+            except Exception as error:  # the check that looks at what is missing will raise it
+                run.error = error
+        runs.append(run)
+    return runs
+
+
+def _compare(case: OpCase, level: str) -> None:
+    for run in sweep(case):
+        if run.error is not None and not any(name.startswith(level) for name in run.fast):
+            raise AssertionError(f"{run.size}: {level}: {run.error!r}") from run.error
+        assert_equal(run.truth, run.fast, f"{run.size}", level)
+
+
+def check_launches(case: OpCase) -> None:
+    """Triton runs: something is launched in the forward pass and in every derivative up to the op's order."""
+    tensors = case.tensors(case.gradcheck_size)
+    with watched() as watch:
+        derivatives(case.op, tensors, case.free(len(tensors)), case.order, watch=watch)
+    for level, count in watch.levels.items():
+        assert count > 0, f"nothing was launched in {level}"
+
+
+def check_bounds(case: OpCase) -> None:
+    """No interpreted kernel reads or writes outside the tensors it was given."""
+    for run in sweep(case):
+        assert not run.watch.outside, f"{run.size}: {run.watch.outside[0]}"
+
+
+def check_poison(case: OpCase) -> None:
+    """Every output is written in full: finite, and the same whether torch.empty hands out NaN or 3."""
+    for run in sweep(case):
+        for name, value in run.fast.items():
+            finite = value.isfinite() | ~run.truth[name].isfinite()
+            assert finite.all(), f"{run.size}: {name} holds what torch.empty left there"
+        tensors = case.tensors(run.size)
+        with watched(3.0):
+            other = derivatives(case.op, tensors, case.free(len(tensors)), case.order)
+        assert_equal(run.fast, other, f"{run.size}, depending on what torch.empty left there")
+
+
+def check_values(case: OpCase) -> None:
+    """y of op_torch, in fp64, at every ragged size, N = 0 and N = 1."""
+    _compare(case, "y")
+
+
+def check_gradients(case: OpCase) -> None:
+    """First gradients of op_torch, in fp64, at every ragged size."""
+    _compare(case, "order 1")
+
+
+def check_second(case: OpCase) -> None:
+    """Second derivatives (and higher up to the op's order) of op_torch, in fp64, at every ragged size."""
+    for k in range(2, case.order + 1):
+        _compare(case, f"order {k}")
+
+
+def check_order(case: OpCase) -> None:
+    """One derivative more than promised raises RuntimeError or is right: a penalty never reads a silent zero."""
+    tensors = case.tensors(case.gradcheck_size)
+    try:
+        truth, fast, _ = truth_and_op(case, tensors, case.order + 1)
+    except RuntimeError:
+        return
+    assert_equal(truth, fast, f"order {case.order + 1} neither raises nor is right", f"order {case.order + 1}")
+
+
+def check_partial(case: OpCase) -> None:
+    """All derivatives when one input alone needs a gradient, and when one alone needs none (create_graph included)."""
+    tensors = case.tensors(case.gradcheck_size)
+    free = case.free(len(tensors))
+    choices = {(i,) for i in free} | {tuple(j for j in free if j != i) for i in free}
+    for wanted in sorted(choices - {()}):
+        truth, fast, _ = truth_and_op(case, tensors, case.order, wanted)
+        assert_equal(truth, fast, f"gradients for inputs {list(wanted)} alone")
+    with watched(), torch.no_grad():
+        assert not case.op(*tensors).requires_grad
+
+
+def check_layouts(case: OpCase) -> None:
+    """Right at every layout of inputs and output gradient; y and the gradient of x come in the memory format of x."""
+    for size, (name, layout) in itertools.product(case.layout_sizes, LAYOUTS.items()):
+        tensors = [layout(t, i) for i, t in enumerate(case.tensors(size))]
+        for g_name, g_layout in GRADIENT_LAYOUTS.items():
+            if g_name != "as y" and name not in FORMATS:
+                continue
+            what = f"{size}, inputs {name}, output gradient {g_name}"
+            truth, fast, _ = truth_and_op(case, tensors, case.order, gradient=g_layout)
+            assert_equal(truth, fast, what)
+            memory_format = FORMATS.get(name.removeprefix("sliced "))
+            for key in ("y", "order 1, input 0"):
+                value = fast.get(key)
+                if memory_format is not None and value is not None and value.ndim == 4:
+                    ok = value.is_contiguous(memory_format=memory_format)
+                    assert ok, f"{what}: {key} is not {name[-4:]} but has strides {value.stride()}"
+
+
+def check_copies(case: OpCase) -> None:
+    """No layout makes op copy a tensor as large as x, forward or backward."""
+    if case.may_copy:
+        return
+    for name, layout in LAYOUTS.items():
+        tensors = [layout(t, i) for i, t in enumerate(case.tensors(case.layout_sizes[0]))]
+        for g_name, g_layout in GRADIENT_LAYOUTS.items():
+            with watched() as watch:
+                derivatives(case.op, tensors, case.free(len(tensors)), case.order, gradient=g_layout)
+            large = [copied for copied, numel in watch.copies if numel >= tensors[0].numel()]
+            assert not large, f"inputs {name}, output gradient {g_name}: {large[0]} copies as much as x holds"
+
+
+def check_inputs(case: OpCase) -> None:
+    """Neither the inputs nor the output gradient are written to."""
+    for size in (case.layout_sizes[0], case.sizes[0]):
+        tensors = case.tensors(size)
+        seen = {f"input {i}": (t, t.clone()) for i, t in enumerate(tensors)}
+
+        def note(g, seen=seen):
+            seen["the output gradient"] = (g, g.clone())
+            return g
+
+        with watched():
+            derivatives(case.op, tensors, case.free(len(tensors)), case.order, gradient=note)
+        for name, (now, before) in seen.items():
+            assert torch.equal(now, before), f"{size}: {name} was written to"
+
+
+def check_determinism(case: OpCase) -> None:
+    """Two runs give the same bits, in fp32 and bf16, in every derivative."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = _rounded(case, case.tensors(case.determinism_size), dtype)
+        runs = []
+        for _ in range(2):
+            with watched():
+                runs.append(derivatives(case.op, tensors, case.free(len(tensors)), case.order))
+        for name, first in runs[0].items():
+            same = torch.equal(first.nan_to_num(), runs[1][name].nan_to_num())
+            assert same, f"{name} differs between two runs in {dtype}"
+
+
+def check_precision(case: OpCase) -> None:
+    """‖op − truth‖ ≤ 2·‖op_torch − truth‖ + 4 fp32 roundings, for y and the gradients, in fp32, fp16 and bf16.
+
+    Norms are over all elements of three draws. The truth is op_torch in fp64 on the same rounded inputs.
+    """
+    for dtype, size in itertools.product(case.dtypes, case.precision_sizes):
+        own, fast, scale = Counter(), Counter(), Counter()
+        for seed in range(3):
+            tensors = _rounded(case, case.tensors(size, seed), dtype)
+            wanted = case.free(len(tensors))
+            as_given = derivatives(case.op_torch, tensors, wanted, case.precise_order, seed=seed)
+            exact = [t.double() for t in tensors]
+            truth = derivatives(case.op_torch, exact, wanted, case.precise_order, seed=seed)
+            with watched():
+                ours = derivatives(case.op, tensors, wanted, case.precise_order, seed=seed)
+            for name, expected in truth.items():
+                assert ours[name].dtype == as_given[name].dtype, f"{dtype}: {name} is {ours[name].dtype}"
+                assert ours[name].isfinite().all(), f"{dtype}, {size}: {name} is not finite"
+                own[name] += (as_given[name].double() - expected).square().sum().item()
+                fast[name] += (ours[name].double() - expected).square().sum().item()
+                scale[name] += expected.square().sum().item()
+        for name, square in scale.items():
+            norm = max(square**0.5, 1e-300)
+            ours, theirs = fast[name] ** 0.5 / norm, own[name] ** 0.5 / norm
+            what = f"{dtype}, {size}: {name}"
+            assert ours <= 2 * theirs + FREE, f"{what} is off by {ours:.2e} (relative), op_torch by {theirs:.2e}"
+
+
+def check_gradcheck(case: OpCase) -> None:
+    """torch's gradcheck in fp64: a random projection in both formats, and every entry of a tiny case."""
+    _numerical(case, gradcheck)
+
+
+def check_gradgradcheck(case: OpCase) -> None:
+    """torch's gradgradcheck in fp64: a random projection in both formats, and every entry of a tiny case."""
+    if case.order >= 2:
+        _numerical(case, gradgradcheck)
+
+
+def _numerical(case: OpCase, checker: Callable[..., bool]) -> None:
+    runs = [(case.gradcheck_size, f, True) for f in FORMATS.values()] + [(case.slow_size, FORMATS["nhwc"], False)]
+    for size, memory_format, fast_mode in runs:
+        tensors = case.tensors(size)
+        tensors = [t.contiguous(memory_format=memory_format) if t.ndim == 4 else t for t in tensors]
+        leaves = [t.detach().requires_grad_(i not in case.constants) for i, t in enumerate(tensors)]
+        with watched():
+            try:
+                checker(case.op, leaves, fast_mode=fast_mode)
+            except RuntimeError as error:  # torch's message: which output, which input, both Jacobians
+                raise AssertionError(f"{size}: {error}") from error
+
+
+def _rounded(case: OpCase, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [t.to(dtype if i in case.low else torch.float32) for i, t in enumerate(tensors)]
+
+
+def _sliced(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """t as a view with gaps on every axis of a larger tensor that is NaN in between."""
+    if t.ndim == 0:
+        return t
+    large = torch.full([2 * s + 1 for s in t.shape], torch.nan, dtype=t.dtype, device=t.device)
+    large = large.contiguous(memory_format=memory_format) if t.ndim == 4 else large
+    # a step of 2 on the outer axes, a margin on the inner one (channels of NHWC, columns of NCHW)
+    inner = 1 if memory_format == torch.channels_last else t.ndim - 1
+    view = large[tuple(slice(1, 1 + s) if a == inner else slice(1, 2 * s, 2) for a, s in enumerate(t.shape))]
+    view.copy_(t)
+    return view
+
+
+def _transposed(t: Tensor, i: int) -> Tensor:
+    return t.transpose(2, 3).contiguous().transpose(2, 3) if t.ndim == 4 else t
+
+
+LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "nchw": lambda t, i: t.contiguous(),
+    "nhwc": lambda t, i: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
+    "sliced nchw": lambda t, i: _sliced(t, torch.contiguous_format),
+    "sliced nhwc": lambda t, i: _sliced(t, torch.channels_last),
+    "x nhwc, others nchw": lambda t, i: t.contiguous(memory_format=torch.channels_last) if i == 0 else t.contiguous(),
+    "transposed": _transposed,
+    "expanded": lambda t, i: t[:1].expand_as(t) if i == 0 else t,
+}
+
+GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as y": lambda g: g,
+    "nchw": lambda g: g.contiguous(),
+    "nhwc": lambda g: g.contiguous(memory_format=torch.channels_last) if g.ndim == 4 else g,
+    "expanded": lambda g: g.flatten()[:1].reshape([1] * g.ndim).expand_as(g),
+}
+
+CHECKS: dict[str, Callable[[OpCase], None]] = {
+    "launches": check_launches,
+    "bounds": check_bounds,
+    "poison": check_poison,
+    "values": check_values,
+    "gradients": check_gradients,
+    "second": check_second,
+    "order": check_order,
+    "partial": check_partial,
+    "layouts": check_layouts,
+    "copies": check_copies,
+    "inputs": check_inputs,
+    "determinism": check_determinism,
+    "precision": check_precision,
+    "gradcheck": check_gradcheck,
+    "gradgradcheck": check_gradgradcheck,
+}
+
+
+def failures(case: OpCase, *names: str) -> dict[str, str]:
+    """What each of the named checks (all by default) has to complain of: nothing for an op that holds the contract."""
+    found = {}
+    for name in names or CHECKS:
+        try:
+            CHECKS[name](case)
+        except (AssertionError, RuntimeError, IndexError) as error:
+            found[name] = f"{error}" or type(error).__name__
+    return found
+
+
+def check(case: OpCase, *names: str) -> None:
+    """AssertionError with every check (of `names`; all by default) that the op fails, and why."""
+    found = failures(case, *names)
+    assert not found, "\n".join(f"{case.name} fails {name}: {why}" for name, why in found.items())
