@@ -2,8 +2,8 @@
 
 Sums over bins (feature_pool_triton) → second convolution, a matrix product of the library's on N·h'·w' rows → distance
 and its gradient (feature_distance_triton). The product is the library's: fusing it with the distance would only save a
-pass over its result (5 MB at 16 images of 14×14×768, about 2 µs of an H200's bandwidth), and the cosine needs whole rows
-of it, which a tile does not hold.
+pass over its result (5 MB at 16 images of 14×14×768, about 2 µs of an H200's bandwidth), and the cosine needs whole
+rows of it, which a tile does not hold.
 """
 
 import math
@@ -132,8 +132,9 @@ def pool(x: Tensor, w1: Tensor, b1: Tensor, grid: tuple[int, int], scale: float,
     row_parts = -(-h // bin_rows)
     launch.run(
         pool_kernel, (along_k, groups * row_parts * col_parts), x, w1, b1, bins, positive, n, c, height, width, k, h, w,
-        *x.stride(), *w1.stride(), scale, bin_rows, row_parts, col_parts, row_bytes, **tiles.constants, NC=-(-c // blocks["BC"]),
-        SHARED=height % h != 0 or height // h % tiles.rows != 0, KEEP=keep, **precision(x), **blocks,
+        *x.stride(), *w1.stride(), scale, bin_rows, row_parts, col_parts, row_bytes, **tiles.constants,
+        NC=-(-c // blocks["BC"]), SHARED=height % h != 0 or height // h % tiles.rows != 0, KEEP=keep,
+        **precision(x), **blocks,
     )  # fmt: skip
     return bins, positive
 
@@ -147,7 +148,8 @@ def pool_dx(x: Tensor, dbins: Tensor, positive: Tensor, w1: Tensor, alpha: Tenso
     programs = -(-n // tiles.images) * row_tiles * tiles.chunks
     launch.run(
         dx_kernel, (-(-c // blocks["BC"]), programs), dbins, positive, w1, alpha, dx, n, c, height, width, k, h, w,
-        *dx.stride(), *w1.stride(), row_tiles, tiles.chunks, positive.shape[2], **tiles.constants, **precision(x), **blocks,
+        *dx.stride(), *w1.stride(), row_tiles, tiles.chunks, positive.shape[2],
+        **tiles.constants, **precision(x), **blocks,
     )  # fmt: skip
     return dx
 
