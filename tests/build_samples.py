@@ -1,4 +1,4 @@
-"""tools/kernel_builds.py for one op of a test: build_samples.py scaled_square|spilling|special OPTIONS.
+"""tools/kernel_builds.py for one op of a test: build_samples.py scaled_square|spilling|spilling_wide|special OPTIONS.
 
 Run by test_builds.py in a process of its own, where @triton.jit compiles.
 """
@@ -24,11 +24,16 @@ def _softmax(X, Y, BLOCK: tl.constexpr):
     tl.store(Y + i, x / tl.sum(x))
 
 
-def spilling(x):
-    """A tile of 32,768 values in the registers of one warp."""
+def spilling(x, block=8192):
+    """256 values a thread of NVIDIA's warps, all alive at once."""
     y = torch.empty_like(x)
-    launch.run(_softmax, (1,), x, y, BLOCK=32768, num_warps=1)
+    launch.run(_softmax, (1,), x, y, BLOCK=block, num_warps=1)
     return _WithoutGradient.apply(x, y)
+
+
+def spilling_wide(x):
+    """512 values a thread of AMD's waves."""
+    return spilling(x, 32768)
 
 
 @triton.jit(do_not_specialize=["fixed"])
@@ -63,7 +68,7 @@ def sample(name):
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)
-    for op in (scaled_square, spilling, special):
+    for op in (scaled_square, spilling, spilling_wide, special):
         setattr(kernels, op.__name__, op)
     kernel_shapes.OPS[:] = [sample(name)]
     kernel_builds.app()
