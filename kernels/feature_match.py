@@ -120,5 +120,8 @@ def feature_match(
     launch.check(target.ndim == 4, f"target must be [N, Ct, h, w]; got {list(target.shape)}")
     launch.check_shape(target, "target", x.shape[0], w2.shape[0], *target.shape[2:])
     launch.check(distance in DISTANCES, f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
-    launch.backend(x)
+    if launch.backend(x) == "triton":
+        from hsrgan.kernels.feature_match_triton import match
+
+        return match(x, w1, b1, w2, b2, target.detach(), distance)
     return _FeatureMatch.apply(x, w1, b1, w2, b2, target.detach(), distance)

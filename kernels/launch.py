@@ -20,6 +20,8 @@ OPTIONS = {
 
 _requested = os.environ.get("HSRGAN_BACKEND") or None
 _recording: list["Launch"] | None = None
+_tf32 = False
+_recorded_chip = ""
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
@@ -59,6 +61,19 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = before
 
 
+def allow_tf32(allowed: bool = True) -> None:
+    """fp32 products on tensor cores at 10 bits of mantissa, or not (the default): the kernels' and PyTorch's own."""
+    global _tf32
+    _tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def tf32_allowed() -> bool:
+    """What the last `allow_tf32` said."""
+    return _tf32
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of a Triton kernel as `record` saw it: what an ahead-of-time build needs, and the static model."""
@@ -72,17 +87,30 @@ class Launch:
 
 
 @contextmanager
-def record() -> Iterator[list[Launch]]:
+def record(chip: str = "") -> Iterator[list[Launch]]:
     """Inside the block ops take the triton backend but write their launches to the list instead of running them.
 
-    Meant for tensors on the meta device, which have shapes, strides and no memory.
+    Meant for tensors on the meta device, which have shapes, strides and no memory. chip ("sm_90", "gfx942"): whose
+    block sizes to take; none: those that fit every chip.
     """
-    global _recording
-    before, _recording = _recording, []
+    global _recording, _recorded_chip
+    before, _recording, _recorded_chip = (_recording, _recorded_chip), [], chip
     try:
         yield _recording
     finally:
-        _recording = before
+        _recording, _recorded_chip = before
+
+
+def chip(x: Tensor) -> str:
+    """"sm_90", "gfx942": the architecture whose block sizes a launch on x takes; "" where it is not known."""
+    return _chip_of(x.device) if x.is_cuda else _recorded_chip
+
+
+@functools.lru_cache
+def _chip_of(device: torch.device) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def run(

@@ -31,12 +31,12 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-def record(calls: list[Call], dtypes: list[torch.dtype]) -> list[tuple[str, launch.Launch]]:
-    """The launches of every call in every dtype, each with where it came from. Nothing runs."""
+def record(calls: list[Call], dtypes: list[torch.dtype], chip: str = "") -> list[tuple[str, launch.Launch]]:
+    """The launches of every call in every dtype on a chip, each with where it came from. Nothing runs."""
     found = []
     for call in calls:
         for dtype in dtypes:
-            with launch.record() as launches:
+            with launch.record(chip) as launches:
                 kernel_shapes.passes(call, dtype)
             where = f"{call.op} {call.name} {str(dtype).removeprefix('torch.')}"
             found += [(where, each) for each in launches]
@@ -45,12 +45,12 @@ def record(calls: list[Call], dtypes: list[torch.dtype]) -> list[tuple[str, laun
 
 def build(calls: list[Call], dtypes: list[str], targets: list[str], jobs: int = 0) -> list[dict]:
     """A row for each distinct build: the fields of `Build`, where it is launched first, how often, its problems."""
-    recorded = record(calls, [DTYPES[name] for name in dtypes])
-    built = builds.build_each([each for _, each in recorded], targets, jobs)
     rows: dict[Build, dict] = {}
-    for (i, _), one in built.items():
-        row = rows.setdefault(one, {**asdict(one), "first": recorded[i][0], "launches": 0, "problems": one.problems()})
-        row["launches"] += 1
+    for target in targets:
+        recorded = record(calls, [DTYPES[name] for name in dtypes], target)
+        for (i, _), one in builds.build_each([each for _, each in recorded], [target], jobs).items():
+            facts = {**asdict(one), "first": recorded[i][0], "launches": 0, "problems": one.problems()}
+            rows.setdefault(one, facts)["launches"] += 1
     return list(rows.values())
 
 

@@ -1,0 +1,219 @@
+"""`feature_match` on a GPU: how its Triton kernels are cut and launched, and the autograd Function around them.
+
+Sums over bins (feature_pool_triton) → second convolution, a matrix product of the library's on N·h'·w' rows → distance
+and its gradient (feature_distance_triton). The product is the library's: fusing it with the distance would only save a
+pass over its result (5 MB at 16 images of 14×14×768, about 2 µs of an H200's bandwidth), and the cosine needs whole
+rows of it, which a tile does not hold.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hsrgan.kernels import launch
+from hsrgan.kernels.bias_act import SQRT2
+from hsrgan.kernels.feature_distance_triton import distance_and_gradient
+from hsrgan.kernels.feature_pool_triton import dw_kernel, dx_kernel, pool_kernel
+
+PROGRAMS = 128  # a grid smaller than this leaves multiprocessors idle (an H200 has 132, an A100 108), so it is split
+# By the kind of product, see `kind`. A tile's columns at most, and its (image, bin column) pairs: the width of the
+# product that pools. An ieee product takes ordinary multipliers and whole rows in registers, hence so narrow.
+COLUMNS = {"half": 128, "tf32": 64, "ieee": 32}
+MEMBERS = {"half": 64, "tf32": 32, "ieee": 16}
+
+
+def kind(x: Tensor) -> str:
+    """How the kernels multiply what x holds: "half", "tf32" or "ieee"."""
+    if x.element_size() == 2:
+        return "half"
+    return "tf32" if launch.tf32_allowed() and x.dtype == torch.float32 else "ieee"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How an image of H×W pixels and its grid of h×w bins are cut: the constants of the kernels above."""
+
+    images: int  # NI
+    rows: int  # R
+    columns: int  # WB
+    bins: int  # JB
+    chunks: int  # of WB columns in a row
+
+    @staticmethod
+    def of(x: Tensor, grid: tuple[int, int], pixels: int, *, whole_bins: bool) -> "Tiles":
+        """At most `pixels` a tile. whole_bins: JB bin columns with all their pixels; else all that WB columns touch."""
+        (n, _, height, width), (h, w), members = x.shape, grid, MEMBERS[kind(x)]
+        most = max(16, members // 2)
+        columns = min(COLUMNS[kind(x)], max(16, triton.next_power_of_2(width)))
+        while columns > 16 and _bins_in(columns, width, w) > most:
+            columns //= 2  # never depends on `pixels`: the bits are laid out by it
+        bins = triton.next_power_of_2(min(w, most) if whole_bins else _bins_in(columns, width, w))
+        rows = images = 1
+        while 2 * rows <= height // h and 2 * rows * columns <= pixels:
+            rows *= 2
+        while images < min(n, 4) and 2 * images * rows * columns <= pixels and 2 * images * bins <= members:
+            images *= 2
+        return Tiles(images, rows, columns, max(bins, 16 // images), -(-width // columns))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"NI": self.images, "R": self.rows, "WB": self.columns, "JB": self.bins}
+
+
+def _bins_in(columns: int, width: int, w: int) -> int:
+    """The most bins of w over `width` pixels that any aligned chunk of so many columns touches."""
+    starts = range(0, width, columns)
+    return max(-(-min(s + columns, width) * w // width) - s * w // width for s in starts)
+
+
+def pool_blocks(x: Tensor) -> dict[str, int]:
+    """Sizes of `pool_kernel` for x: pixels of a tile, BN, BC, warps, stages.
+
+    The weights of a program stay on the chip (NC = 1) where shared memory holds them beside two tiles of x: streaming
+    both asks twice as much of the L2. What fits gfx942's 64 kB fits everywhere.
+    """
+    chip, c = launch.chip(x), x.shape[1]
+    if kind(x) == "ieee":
+        return {"pixels": 32, "BN": 64, "BC": 16, "num_warps": 4, "num_stages": 3}
+    if kind(x) == "half" and c <= 256 and chip.startswith("sm_"):
+        pixels = 64 if chip.startswith("sm_8") else 128
+        return {"pixels": pixels, "BN": 128, "BC": max(16, triton.next_power_of_2(c)), "num_warps": 8, "num_stages": 2}
+    if kind(x) == "half" and chip in ("sm_90", "sm_100", "sm_103"):
+        return {"pixels": 128, "BN": 128, "BC": 64, "num_warps": 8, "num_stages": 4}
+    return {"pixels": 64, "BN": 64, "BC": 128 // x.element_size(), "num_warps": 4, "num_stages": 2}
+
+
+def dx_blocks(x: Tensor) -> dict[str, int]:
+    """Sizes of `dx_kernel`: pixels of a tile, BC, BK, warps, stages."""
+    channels = max(16, triton.next_power_of_2(x.shape[1]))
+    return {
+        "half": {"pixels": 128, "BC": min(256, channels), "BK": 64, "num_warps": 8, "num_stages": 2},
+        "tf32": {"pixels": 64, "BC": min(128, channels), "BK": 32, "num_warps": 8, "num_stages": 2},
+        "ieee": {"pixels": 32, "BC": min(128, channels), "BK": 16, "num_warps": 4, "num_stages": 3},
+    }[kind(x)]
+
+
+def dw_blocks(x: Tensor) -> dict[str, int]:
+    """Sizes of `dw_kernel`: pixels of a tile, BN, BC, warps, stages."""
+    channels = max(16, triton.next_power_of_2(x.shape[1]))
+    if kind(x) == "half" and (channels <= 64 or x.shape[1] % 16):  # short vectors cost addresses, hence registers
+        return {"pixels": 64, "BN": 64, "BC": min(64, channels), "num_warps": 4, "num_stages": 2}
+    return {
+        "half": {"pixels": 64, "BN": 128, "BC": min(128, channels), "num_warps": 8, "num_stages": 2},
+        "tf32": {"pixels": 64, "BN": 64, "BC": min(128, channels), "num_warps": 8, "num_stages": 2},
+        "ieee": {"pixels": 32, "BN": 64, "BC": min(64, channels), "num_warps": 8, "num_stages": 2},
+    }[kind(x)]
+
+
+def precision(x: Tensor) -> dict[str, object]:
+    """The constants ACC, DOT and PRECISION: dtype of sums, of a product's operands, and its mode for fp32."""
+    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    dot = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16}.get(x.dtype, tl.bfloat16)
+    if dot == tl.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        dot = tl.float32  # the interpreter's bf16 products are garbage
+    return {"ACC": acc, "DOT": dot, "PRECISION": "tf32" if launch.tf32_allowed() else "ieee"}
+
+
+def pool(x: Tensor, w1: Tensor, b1: Tensor, grid: tuple[int, int], scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """(scale·Σ over each bin of relu(w1 ⋆ x + b1) [N, h, w, K] of x's dtype, the bits). w1 [K, C] of x's dtype."""
+    (n, c, height, width), (h, w), k, blocks = x.shape, grid, len(w1), pool_blocks(x)
+    tiles = Tiles.of(x, grid, blocks.pop("pixels"), whole_bins=True)
+    bins = x.new_empty(n, h, w, k)
+    row_bytes = tiles.chunks * tiles.columns // 8
+    positive = x.new_empty((n, height, row_bytes, k) if keep else (1,), dtype=torch.uint8)
+    along_k, groups, col_parts = -(-k // blocks["BN"]), -(-n // tiles.images), -(-w // tiles.bins)
+    row_parts = max(1, min(h, PROGRAMS // max(1, along_k * groups * col_parts)))
+    bin_rows = -(-h // row_parts)
+    row_parts = -(-h // bin_rows)
+    launch.run(
+        pool_kernel, (along_k, groups * row_parts * col_parts), x, w1, b1, bins, positive, n, c, height, width, k, h, w,
+        *x.stride(), *w1.stride(), scale, bin_rows, row_parts, col_parts, row_bytes, **tiles.constants,
+        NC=-(-c // blocks["BC"]), SHARED=height % h != 0 or height // h % tiles.rows != 0, KEEP=keep,
+        **precision(x), **blocks,
+    )  # fmt: skip
+    return bins, positive
+
+
+def pool_dx(x: Tensor, dbins: Tensor, positive: Tensor, w1: Tensor, alpha: Tensor) -> Tensor:
+    """The gradient of x from that of the bins; everything scaled by alpha [1]."""
+    (n, c, height, width), (_, h, w, k), blocks = x.shape, dbins.shape, dx_blocks(x)
+    tiles = Tiles.of(x, (h, w), blocks.pop("pixels"), whole_bins=False)
+    dx = torch.empty_like(x)
+    row_tiles = -(-height // tiles.rows)
+    programs = -(-n // tiles.images) * row_tiles * tiles.chunks
+    launch.run(
+        dx_kernel, (-(-c // blocks["BC"]), programs), dbins, positive, w1, alpha, dx, n, c, height, width, k, h, w,
+        *dx.stride(), *w1.stride(), row_tiles, tiles.chunks, positive.shape[2],
+        **tiles.constants, **precision(x), **blocks,
+    )  # fmt: skip
+    return dx
+
+
+def pool_dw(x: Tensor, dbins: Tensor, positive: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of w1 [K, C] and b1 [K], in fp32 (fp64 for fp64), from that of the bins; scaled by alpha [1]."""
+    (n, c, height, width), (_, h, w, k), blocks = x.shape, dbins.shape, dw_blocks(x)
+    tiles = Tiles.of(x, (h, w), blocks.pop("pixels"), whole_bins=False)
+    along_k, along_c, row_tiles = -(-k // blocks["BN"]), -(-c // blocks["BC"]), -(-height // tiles.rows)
+    count = -(-n // tiles.images) * row_tiles * tiles.chunks
+    a_split = max(1, -(-count // max(1, PROGRAMS // (along_k * along_c))))
+    splits = -(-count // a_split)
+    dw, db = x.new_empty(splits, k, c, dtype=alpha.dtype), x.new_empty(splits, k, dtype=alpha.dtype)
+    launch.run(
+        dw_kernel, (along_k, along_c, splits), x, dbins, positive, dw, db, n, c, height, width, k, h, w, *x.stride(),
+        row_tiles, tiles.chunks, positive.shape[2], count, a_split, **tiles.constants, **precision(x), **blocks,
+    )  # fmt: skip
+    return (dw[0] if splits == 1 else dw.sum(0)).mul_(alpha), db.sum(0).mul_(alpha)
+
+
+class _Match(torch.autograd.Function):
+    """The distance; keeps its gradient to y, the sums (N·h'·w'·K values) and a bit a hidden value. First order."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, target, distance):
+        n, _, height, width = x.shape
+        grid = (min(height, target.shape[2]), min(width, target.shape[3]))
+        keep = any(ctx.needs_input_grad[:5])
+        # powers of two, exact: sums of many pixels, and gradients of many rows, stay within half precision's range
+        down = 0.5 ** round(math.log2(height * width / (grid[0] * grid[1])))
+        calm = 0.5 ** (math.ceil(math.log2(max(1, n * grid[0] * grid[1]))) // 2)
+        narrow1, narrow2 = w1.flatten(1).to(x.dtype), w2.flatten(1).to(x.dtype)
+        bins, positive = pool(x, narrow1, b1.contiguous(), grid, down, keep)
+        y = (bins.flatten(0, 2) @ narrow2.t()).view(n, *grid, len(w2))
+        loss, dy, db2 = distance_and_gradient(
+            y, b2.contiguous(), target, (height, width), distance, SQRT2 / down, calm if keep else None
+        )
+        if keep:
+            ctx.save_for_backward(x, w1, b1, w2, b2, bins, positive, dy, db2)
+            ctx.factors = (2 if distance == "mse" else 1) / max(1, target.numel()), calm, down
+        return loss.to(torch.promote_types(x.dtype, target.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled():  # create_graph=True: a penalty on these gradients would read zero
+            raise RuntimeError("feature_match is differentiable once only; leave it out of autograd.grad(create_graph)")
+        x, w1, b1, w2, b2, bins, positive, dy, db2 = ctx.saved_tensors
+        factor, calm, down = ctx.factors
+        alpha = g.to(db2.dtype).reshape(1) * (factor / calm)
+        need_x, need_w1, need_b1, need_w2, need_b2 = launch.wanted(ctx)[:5]
+        rows, dx, dw1, db1, dw2 = dy.flatten(0, 2), None, None, None, None
+        if need_w2:
+            dw2 = (rows.t() @ bins.flatten(0, 2)).to(db2.dtype).mul_(alpha).to(w2.dtype).view_as(w2)
+        if need_x or need_w1 or need_b1:
+            dbins = (rows @ w2.flatten(1).to(x.dtype)).view_as(bins)
+            if need_x:
+                dx = pool_dx(x, dbins, positive, w1.flatten(1).to(x.dtype), alpha * down)
+            if need_w1 or need_b1:
+                dw1, db1 = pool_dw(x, dbins, positive, alpha * down)
+                dw1, db1 = dw1.to(w1.dtype).view_as(w1), db1.to(b1.dtype)
+        db2 = (db2 * (alpha * calm)).to(b2.dtype) if need_b2 else None
+        return dx, dw1, db1, dw2, db2, None, None
+
+
+def match(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, target: Tensor, distance: str) -> Tensor:
+    """`feature_match` of checked arguments. x, and with it every product, may be narrower than the weights."""
+    return _Match.apply(x, w1, b1, w2, b2, target, distance)
