@@ -1,0 +1,62 @@
+"""Whole networks on the Triton backend, interpreted, against PyTorch: every penalty that training takes."""
+
+import pytest
+import torch
+
+from hsrgan import kernels
+from hsrgan.engine import losses
+from hsrgan.engine.hsr import HSRHeads
+from hsrgan.engine.model import Discriminator, Generator
+
+WIDTHS = {"channel_base": 32, "channel_max": 4, "mapping_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(0)
+    g = Generator(6, 0, 6, 16, 3, **WIDTHS, conv_clamp=0.8).double()
+    d = Discriminator(0, 16, 3, **WIDTHS, mbstd_group_size=2, conv_clamp=2.0).double()
+    heads = HSRHeads({8: g.synthesis.channels[8]}, {8: 5}, hidden=6).double()
+    with torch.no_grad():
+        for p in [*g.parameters(), *d.parameters()]:
+            p.add_(0.2 * torch.randn_like(p))  # no bias or noise strength stays zero
+    return g, d, heads
+
+
+def g_main(g, d, heads, z, noise, reals):
+    img, features = g.synthesis(g.mapping(z, None), noise=noise, return_features=(8,))
+    target = torch.linspace(-1, 1, 2 * 5 * 9, dtype=img.dtype).reshape(2, 5, 3, 3)
+    return losses.logistic_g(d(img)) + heads.loss(features, {8: target}), (g, heads)
+
+
+def path_length(g, d, heads, z, noise, reals):
+    ws = g.mapping(z, None)
+    img = g.synthesis(ws, noise=noise)
+    return losses.path_penalty(losses.path_lengths(img, ws, reals / 16), torch.tensor(0.1)), (g,)
+
+
+def d_main(g, d, heads, z, noise, reals):
+    return losses.logistic_d_real(d(reals)), (d,)
+
+
+def r1(g, d, heads, z, noise, reals):
+    reals = reals.detach().requires_grad_()
+    return losses.r1_penalty(d(reals), reals, 1.0), (d,)
+
+
+@pytest.mark.parametrize("phase", [g_main, path_length, d_main, r1], ids=lambda phase: phase.__name__)
+def test_every_phase_has_the_gradients_of_pytorch(networks, phase):
+    g, d, heads = networks
+    torch.manual_seed(1)
+    z, noise = torch.randn(2, 6).double(), torch.randn(2, g.synthesis.noise_size).double()
+    reals = torch.randn(2, 3, 16, 16).double()
+    found = []
+    for backend in ("torch", "triton"):
+        with kernels.use_backend(backend):
+            loss, trained = phase(g, d, heads, z, noise, reals)
+            parameters = [p for net in trained for p in net.parameters()]
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
+        found.append([loss.detach(), *gradients])
+    for truth, triton in zip(*found, strict=True):
+        torch.testing.assert_close(triton, truth, rtol=1e-9, atol=1e-9 * float(found[0][0].abs() + 1))
+    assert sum(float(x.abs().sum()) > 0 for x in found[0]) > len(found[0]) / 2
