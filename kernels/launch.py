@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")
+OPTIONS = {
+    "enable_fp_fusion": True
+}  # of every compilation: a·b + c as one instruction; Triton 3.10 changes its default
 
 _requested = os.environ.get("HSRGAN_BACKEND") or None
 _recording: list["Launch"] | None = None
@@ -96,7 +99,7 @@ def run(
         return
     first = next(t for t in arguments if isinstance(t, Tensor))
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constants)
 
 
 def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:

@@ -1,0 +1,139 @@
+"""Every kernel compiles for every target without spills and within its shared memory, on a machine without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hsrgan.kernels import builds, launch
+from hsrgan.kernels.builds import Build
+from hsrgan.tools import kernel_shapes
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(tmp_path, script, *options):
+    """The exit code, the rows and what was printed, of a process in which @triton.jit compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"COLUMNS": "120"}
+    rows = tmp_path / "builds.json"
+    command = [sys.executable, ROOT / script, *options, "--json", rows]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert rows.exists(), done.stderr
+    return done.returncode, json.loads(rows.read_text()), done.stdout
+
+
+def test_every_kernel_is_fit_to_ship(tmp_path):
+    code, rows, _ = run(tmp_path, "tools/kernel_builds.py")
+    bad = [f"{row['kernel']} {row['target']} {row['first']}: {row['problems']}" for row in rows if row["problems"]]
+    assert bad == [] and code == 0
+
+
+def test_a_sound_op(tmp_path):
+    code, rows, printed = run(tmp_path, "tests/build_samples.py", "scaled_square")
+    assert code == 0 and "_backward" in printed
+    assert {row["target"] for row in rows} == set(builds.TARGETS)
+    assert {row["kernel"] for row in rows} == {"_forward", "_backward"}
+    assert all(8 < row["registers"] < 128 and row["spills"] == 0 for row in rows)
+    for target in builds.TARGETS:
+        # the two models launch the same: in each dtype one forward, one first and one second backward
+        assert len([row for row in rows if row["target"] == target]) == 9
+
+
+@pytest.mark.parametrize(("op", "target"), [("spilling", "sm_90"), ("spilling_wide", "gfx942")])
+def test_a_kernel_that_spills_is_reported(tmp_path, op, target):
+    options = ["--dtype", "float32", "--model", "ffhq256", "--target", target]
+    code, (row,), printed = run(tmp_path, "tests/build_samples.py", op, *options)
+    assert code == 1 and "1 builds, 1 of them not fit to ship" in printed
+    assert row["spills"] > 0 and row["problems"] == [f"spills {row['spills']} bytes a thread"]
+
+
+def test_arguments_specialise_as_at_a_call(tmp_path):
+    """A 1 is a constant, what divides by 16 is known to, and do_not_specialize is left alone."""
+    options = ["--dtype", "bfloat16", "--model", "ffhq256", "--target", "sm_90"]
+    code, rows, _ = run(tmp_path, "tests/build_samples.py", "special", *options)
+    (row,) = rows
+    expected = "X:*bf16/16 Y:*bf16/16 one=1 sixteen:i32/16 seven:i32 fixed:i32 wide:i64/16 ratio:fp32 BLOCK=128"
+    assert row["variant"] == expected
+    assert (row["num_warps"], row["num_stages"], code) == (8, 3, 0)
+
+
+def test_interpreted_kernels_are_refused():
+    import scaled_square
+
+    with launch.record() as launches:
+        scaled_square.scaled_square(torch.empty(1, 2, 3, 4, device="meta"), torch.empty(2, device="meta"))
+    with pytest.raises(ValueError, match="without TRITON_INTERPRET"):
+        builds.build_all(launches)
+    with pytest.raises(ValueError, match="unknown target 'sm_70'"):
+        builds.build_all(launches, ["sm_70"])
+
+
+def a_build(**changes):
+    return Build(**{**dict(kernel="k", target="sm_90", variant="", num_warps=4, num_stages=2, registers=32, shared=0,
+                           spills=0), **changes})  # fmt: skip
+
+
+def test_problems_are_what_a_chip_cannot_take():
+    assert a_build(shared=232_448).problems() == []
+    assert a_build(shared=232_449).problems() == ["needs 232,449 bytes of shared memory; sm_90 has 232,448"]
+    assert len(a_build(target="sm_80", shared=166_913, spills=8).problems()) == 2
+    assert a_build(target="gfx942", shared=65_537).problems() != []
+    assert a_build(error="no").problems() == ["does not compile: no"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "programs", "limit"),
+    [
+        ({"registers": 32}, "H200", 16, "warps"),
+        ({"registers": 72}, "H200", 7, "registers"),  # 65,536 / (72·32) = 28.4 warps
+        ({"registers": 255}, "H200", 2, "registers"),
+        ({"registers": 33, "num_warps": 8}, "H200", 6, "registers"),  # handed out as 40
+        ({"shared": 100_000}, "H200", 2, "shared memory"),
+        ({"num_warps": 1, "registers": 16}, "H200", 32, "programs"),
+        ({"registers": 128, "target": "sm_80"}, "A100", 4, "registers"),
+        ({"registers": 96, "target": "gfx942"}, "MI300X", 5, "registers"),  # 512 / 96 = 5 waves a SIMD
+        ({"shared": 32_768, "target": "gfx942"}, "MI300X", 2, "shared memory"),
+    ],
+)
+def test_occupancy(changes, gpu, programs, limit):
+    found = builds.occupancy(a_build(**changes), gpu)
+    assert (found.programs, found.limit) == (programs, limit)
+    assert found.share == found.warps / builds.GPUS[gpu].warps
+
+
+def test_bytes_count_each_tensor_and_each_element_once():
+    x = torch.empty(2, 3, 4, device="meta", dtype=torch.float16)
+    row = torch.empty(3, 1, device="meta").expand(3, 4)
+    each = launch.Launch(None, (1,), (x, x, row, 7, torch.empty(0, device="meta"), x[:, :, ::2]), {}, 4, 2)
+    assert builds.bytes_moved(each) == 24 * 2 + 3 * 4 + 12 * 2
+
+
+def test_floor_is_the_slower_of_bytes_and_flops():
+    assert builds.floor_seconds(4.8e12, 0, "H200") == 1
+    assert builds.floor_seconds(4.8e12, 989e12 * 2, "H200", matrix=True) == 2
+
+
+@pytest.mark.parametrize(
+    "call", kernel_shapes.calls({"tiny": (16, 64)}, batch=2), ids=lambda call: f"{call.op} {call.name}"
+)
+def test_calls_fit_their_op(call):
+    """Each runs forward and backward at its shapes, and its definition takes the same arguments."""
+    kernel_shapes.passes(call, torch.float32)
+    tensors = call.make(torch.float32)
+    from hsrgan import kernels
+
+    y = call.function()(**tensors)
+    assert y.shape == call.function(getattr(kernels, f"{call.op}_torch"))(**tensors).shape
+
+
+def test_calls_are_the_layers_of_the_models():
+    found = {call.name: call for call in kernel_shapes.calls()}
+    assert found["ffhq1024 1024 G layer"].sizes["x"] == (8, 32, 1024, 1024)
+    assert found["ffhq256 4 D conv0"].sizes["x"] == (8, 512, 4, 4)
+    assert found["ffhq256 64 HSR, mse"].sizes["x"] == (8, 256, 64, 64)
+    assert len(found) == len(kernel_shapes.calls())

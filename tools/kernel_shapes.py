@@ -1,0 +1,137 @@
+"""The calls of every op at the layer shapes of real models: what is built ahead of time, and what is timed.
+
+A new op is one function here that yields its calls, added to OPS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsrgan import kernels
+
+MODELS = {"ffhq256": (256, 16384), "ffhq1024": (1024, 32768)}  # resolution, channel_base (numerics of the presets)
+CHANNEL_MAX = 512
+CLAMP = 256.0
+HIDDEN, TEACHER, GRID = 4096, 768, 14  # HSR: hidden channels of a head; ViT-B/16's features and their grid
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op at one layer. Sizes of its tensors by argument name; the first is x.
+
+    low: which are in the activations' dtype (the others are fp32). constants: which never need a gradient. order: how
+    often a training step differentiates it. flops of the forward pass.
+    """
+
+    name: str
+    op: str  # in hsrgan.kernels; its definition is there as <op>_torch
+    sizes: dict[str, tuple[int, ...]]
+    options: dict[str, Any] = field(default_factory=dict)
+    low: tuple[str, ...] = ("x",)
+    constants: tuple[str, ...] = ()
+    order: int = 2
+    flops: float = 0
+
+    def make(self, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
+        """The tensors, normal, images in channels_last; those that can have a gradient require one."""
+        tensors = {}
+        for name, size in self.sizes.items():
+            t = torch.randn(size, dtype=dtype if name in self.low else torch.float32, device=device)
+            t = t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+            tensors[name] = t.requires_grad_(name not in self.constants)
+        return tensors
+
+    def function(self, op: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
+        """The public op (or another with its arguments), as a function of the tensors by name."""
+        op = getattr(kernels, self.op) if op is None else op
+        return lambda **tensors: op(**tensors, **self.options)
+
+
+def passes(call: Call, dtype: torch.dtype, device: str = "meta") -> None:
+    """Run a call as training does: forward and backward; R1 (by x) and path length (by all) with their backward."""
+    function = call.function()
+    tensors = call.make(dtype, device)
+    leaves = [t for t in tensors.values() if t.requires_grad]
+    y = function(**tensors)
+    torch.autograd.grad(y, leaves, torch.empty_like(y))
+    if call.order < 2:
+        return
+    for inner in (leaves[:1], leaves):
+        y = function(**tensors)
+        g = torch.empty_like(y).requires_grad_()
+        first = torch.autograd.grad(y, inner, g, create_graph=True)
+        torch.autograd.grad(first, [*leaves, g], [torch.empty_like(t) for t in first], allow_unused=True)
+
+
+def channels(resolution: int, base: int) -> int:
+    return min(base // resolution, CHANNEL_MAX)
+
+
+def resolutions(top: int) -> list[int]:
+    """4, 8, …, top."""
+    return [2**k for k in range(2, int(math.log2(top)) + 1)]
+
+
+def bias_act(n: int, c: int, r: int) -> Iterator[Call]:
+    x, g_gain = (n, c, r, r), {"clamp": CLAMP}
+    layer = {"x": x, "bias": (c,), "demod": (n, c), "noise": (n, 1, r, r), "strength": (1,)}
+    yield Call("G layer", "bias_act", layer, g_gain)
+    yield Call("G layer, next style", "bias_act", {**layer, "next_style": (n, c)}, g_gain)
+    yield Call("D conv0", "bias_act", {"x": x, "bias": (c,)}, g_gain)
+    residual = {"x": x, "bias": (c,), "residual": x}
+    yield Call("D conv1 + skip", "bias_act", residual, {"gain": 1.0, "clamp": CLAMP * 0.5**0.5}, ("x", "residual"))
+
+
+def upfirdn2d(n: int, c: int, r: int) -> Iterator[Call]:
+    constants = ("f",)
+    if r > 4:
+        up = {"x": (n, c, r + 1, r + 1), "f": (4, 4)}
+        yield Call("G conv0, up", "upfirdn2d", up, {"padding": 1, "gain": 4.0}, constants=constants)
+        yield Call("G image, up", "upsample2d", {"x": (n, 3, r // 2, r // 2), "f": (4, 4)}, low=(), constants=constants)
+    yield Call("D conv1, blur", "upfirdn2d", {"x": (n, c, r, r), "f": (4, 4)}, {"padding": 2}, constants=constants)
+    yield Call("D skip, down", "downsample2d", {"x": (n, c, r, r), "f": (4, 4)}, constants=constants)
+
+
+def to_rgb(n: int, c: int, r: int) -> Iterator[Call]:
+    sizes = {"x": (n, c, r, r), "weight": (3, c, 1, 1), "style": (n, c), "bias": (3,)}
+    if r > 4:
+        sizes |= {"image": (n, 3, r // 2, r // 2), "f": (4, 4)}
+    yield Call("toRGB", "to_rgb", sizes, {"clamp": CLAMP}, constants=("f",), flops=2 * 3 * c * n * r * r)
+
+
+def feature_match(n: int, c: int, r: int) -> Iterator[Call]:
+    if not 8 <= r <= 64:
+        return
+    sizes = {
+        "x": (n, c, r, r),
+        "w1": (HIDDEN, c, 1, 1),
+        "b1": (HIDDEN,),
+        "w2": (TEACHER, HIDDEN, 1, 1),
+        "b2": (TEACHER,),
+        "target": (n, TEACHER, GRID, GRID),
+    }
+    pixels = (r * r * c + min(r, GRID) ** 2 * TEACHER) * HIDDEN
+    low = tuple(sizes)
+    for distance in ("mse", "cosine"):
+        options = {"distance": distance}
+        yield Call(f"HSR, {distance}", "feature_match", sizes, options, low, ("target",), order=1, flops=2 * n * pixels)
+
+
+OPS: list[Callable[[int, int, int], Iterator[Call]]] = [bias_act, upfirdn2d, to_rgb, feature_match]
+
+
+def calls(models: dict[str, tuple[int, int]] = MODELS, batch: int = 8) -> list[Call]:
+    """Every op at every resolution of the models, named "<model> <resolution> <layer>"."""
+    found = []
+    for model, (top, base) in models.items():
+        for r in resolutions(top):
+            for op in OPS:
+                for call in op(batch, channels(r, base), r):
+                    found.append(Call(**{**call.__dict__, "name": f"{model} {r} {call.name}"}))
+    return found
