@@ -48,6 +48,8 @@ def op_case(name, names=NAMES, **options):
         name, call(kernels.bias_act, names, **options), call(kernels.bias_act_torch, names, **options),
         lambda n, c, h, w: operands(n, c, h, w, names=names),
         low=tuple(i for i, name in enumerate(names) if name in ("x", "residual")),
+        sizes=((1, 1, 2, 3), (1, 63, 2, 3), (1, 129, 2, 3), (2, 2, 1, 3), (2, 2, 1, 7), (2, 2, 1, 100), (3, 33, 5, 7),
+               (0, 3, 4, 5)),
         slow_size=(1, 1, 1, 2), precise_order=2,
     )  # fmt: skip
 
