@@ -83,8 +83,9 @@ def same(names, tensors, order=2, **options):
 @pytest.mark.parametrize("act", ACTS)
 def test_every_set_of_operands(act):
     """The clamp comes and goes so that it meets every pair of operands. Second derivatives of one act of each sort."""
-    terms = [((), ("bias",)), ((), ("demod",)), ((), ("noise",), ("noise", "strength")), ((), ("next_style",))]
     order = 2 if act in ("lrelu", "swish") else 1
+    noise = ((), ("noise",), ("noise", "strength")) if order == 2 else ((), ("noise", "strength"))
+    terms = [((), ("bias",)), ((), ("demod",)), noise, ((), ("next_style",))]
     for i, chosen in enumerate(itertools.product(*terms, ((), ("residual",)))):
         names = ("x", *sum(chosen, ()))
         clamp = 0.7 if (i + len(names)) % 2 else None
