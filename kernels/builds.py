@@ -72,8 +72,8 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("A100", "sm_80", 108, 64, 32, 65_536, 167_936, 1024, 2.039e12, 312e12, 19.5e12),
-        Gpu("H100", "sm_90", 132, 64, 32, 65_536, 233_472, 1024, 3.35e12, 989e12, 67e12),
         Gpu("H200", "sm_90", 132, 64, 32, 65_536, 233_472, 1024, 4.8e12, 989e12, 67e12),
+        Gpu("H100", "sm_90", 132, 64, 32, 65_536, 233_472, 1024, 3.35e12, 989e12, 67e12),
         Gpu("B200", "sm_100", 148, 64, 32, 65_536, 233_472, 1024, 7.7e12, 2250e12, 75e12),
         Gpu("MI300X", "gfx942", 304, 32, 32, 131_072, 65_536, 0, 5.3e12, 1307e12, 163e12),
     )
@@ -84,7 +84,7 @@ GPUS = {
 class Build:
     """One compiled kernel. registers per thread; shared bytes per program; spills: bytes of stack per thread."""
 
-    kernel: str
+    kernel: str  # module.function
     target: str
     variant: str  # argument types and constexprs
     num_warps: int
@@ -121,7 +121,8 @@ def build(launch: Launch, target: Target | str) -> Build:
     source, options, variant, _ = _specialised(launch, target)
     from triton import compile as triton_compile
 
-    facts = (launch.kernel.__name__, target.name, variant, launch.num_warps, launch.num_stages)
+    name = f"{launch.kernel.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
+    facts = (name, target.name, variant, launch.num_warps, launch.num_stages)
     try:
         compiled = triton_compile(source, target=_gpu_target(target), options=options)
     except Exception as error:  # the compiler raises whatever its passes raise

@@ -263,35 +263,51 @@ def check_partial(case: OpCase) -> None:
         assert not case.op(*tensors).requires_grad
 
 
-def check_layouts(case: OpCase) -> None:
-    """Right at every layout of inputs and output gradient; y and the gradient of x come in the memory format of x."""
+@dataclass
+class LayoutRun:
+    """One size with one layout of the inputs (a key of LAYOUTS) and one of the output gradient."""
+
+    what: str
+    layout: str
+    numel: int  # of x
+    truth: Results
+    fast: Results
+    watch: Watch
+
+
+@functools.lru_cache(maxsize=1)
+def layout_sweep(case: OpCase) -> list[LayoutRun]:
+    """Every layout of the inputs; for the two memory formats every layout of the output gradient, too."""
+    runs = []
     for size, (name, layout) in itertools.product(case.layout_sizes, LAYOUTS.items()):
         tensors = [layout(t, i) for i, t in enumerate(case.tensors(size))]
         for g_name, g_layout in GRADIENT_LAYOUTS.items():
-            if g_name != "as y" and name not in FORMATS:
-                continue
-            what = f"{size}, inputs {name}, output gradient {g_name}"
-            truth, fast, _ = truth_and_op(case, tensors, case.order, gradient=g_layout)
-            assert_equal(truth, fast, what)
-            memory_format = FORMATS.get(name.removeprefix("sliced "))
-            for key in ("y", "order 1, input 0"):
-                value = fast.get(key)
-                if memory_format is not None and value is not None and value.ndim == 4:
-                    ok = value.is_contiguous(memory_format=memory_format)
-                    assert ok, f"{what}: {key} is not {name[-4:]} but has strides {value.stride()}"
+            if g_name == "as y" or name in FORMATS:
+                results = truth_and_op(case, tensors, case.order, gradient=g_layout)
+                what = f"{size}, inputs {name}, output gradient {g_name}"
+                runs.append(LayoutRun(what, name, tensors[0].numel(), *results))
+    return runs
+
+
+def check_layouts(case: OpCase) -> None:
+    """Right at every layout of inputs and output gradient; y and the gradient of x come in the memory format of x."""
+    for run in layout_sweep(case):
+        assert_equal(run.truth, run.fast, run.what)
+        memory_format = FORMATS.get(run.layout.removeprefix("sliced "))
+        for key in ("y", "order 1, input 0"):
+            value = run.fast.get(key)
+            if memory_format is not None and value is not None and value.ndim == 4:
+                ok = value.is_contiguous(memory_format=memory_format)
+                assert ok, f"{run.what}: {key} is not {run.layout[-4:]} but has strides {value.stride()}"
 
 
 def check_copies(case: OpCase) -> None:
     """No layout makes op copy a tensor as large as x, forward or backward."""
     if case.may_copy:
         return
-    for name, layout in LAYOUTS.items():
-        tensors = [layout(t, i) for i, t in enumerate(case.tensors(case.layout_sizes[0]))]
-        for g_name, g_layout in GRADIENT_LAYOUTS.items():
-            with watched() as watch:
-                derivatives(case.op, tensors, case.free(len(tensors)), case.order, gradient=g_layout)
-            large = [copied for copied, numel in watch.copies if numel >= tensors[0].numel()]
-            assert not large, f"inputs {name}, output gradient {g_name}: {large[0]} copies as much as x holds"
+    for run in layout_sweep(case):
+        large = [copied for copied, numel in run.watch.copies if numel >= run.numel]
+        assert not large, f"{run.what}: {large[0]} copies as much as x holds"
 
 
 def check_inputs(case: OpCase) -> None:

@@ -21,12 +21,12 @@ def scaled_square_torch(x: Tensor, scale: Tensor) -> Tensor:
 
 
 @triton.jit
-def _place(N, C, H, W, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SQUARE: tl.constexpr, UNMASKED: tl.constexpr):
+def _place(N, C, H, W, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SWAP: tl.constexpr, UNMASKED: tl.constexpr):
     """Image, row, column [P, 1], channel [1, C] and mask of one tile of pixels × channels of one image."""
     n = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(2).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    width = H if SQUARE else W
+    width = H if SWAP else W
     mask = (p < H * W) & (c < C)
     if UNMASKED:
         mask = (p < H * W) & (c < C + BLOCK_C)
@@ -36,11 +36,12 @@ def _place(N, C, H, W, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SQUARE: tl.
 @triton.jit
 def _forward(
     X, S, Y, N, C, H, W, xn, xc, xh, xw, yn, yc, yh, yw,
-    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SQUARE: tl.constexpr, UNMASKED: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SWAP: tl.constexpr, UNMASKED: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
-    n, h, w, c, mask = _place(N, C, H, W, BLOCK_P, BLOCK_C, SQUARE, UNMASKED)
+    n, h, w, c, mask = _place(N, C, H, W, BLOCK_P, BLOCK_C, SWAP, UNMASKED)
     x = tl.load(X + n * xn + c * xc + h * xh + w * xw, mask=mask, other=0).to(ACC)
-    s = tl.load(S + c, mask=c < C, other=0).to(ACC)
+    s = tl.load(S + (c + SHIFT) % C, mask=c < C, other=0).to(ACC)
     tl.store(Y + n * yn + c * yc + h * yh + w * yw, (x * x * s).to(Y.dtype.element_ty), mask=mask)
 
 
@@ -49,15 +50,16 @@ def _backward(
     X, S, G, V, U, GX, GG, PARTIAL, N, C, H, W,
     xn, xc, xh, xw, gn, gc, gh, gw, vn, vc, vh, vw, yn, yc, yh, yw, zn, zc, zh, zw,
     SECOND: tl.constexpr, TWICE: tl.constexpr, FORGET_U: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SQUARE: tl.constexpr, UNMASKED: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, SWAP: tl.constexpr, UNMASKED: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     """First: GX = 2·x·s·g, PARTIAL = Σ_p x²·g. Second, of <GX, v> + <PARTIAL, u>: GX = 2·s·g·v + 2·u·x·g,
     PARTIAL = Σ_p 2·x·g·v, GG = 2·x·s·v + u·x².
     """
-    n, h, w, c, mask = _place(N, C, H, W, BLOCK_P, BLOCK_C, SQUARE, UNMASKED)
+    n, h, w, c, mask = _place(N, C, H, W, BLOCK_P, BLOCK_C, SWAP, UNMASKED)
     x = tl.load(X + n * xn + c * xc + h * xh + w * xw, mask=mask, other=0).to(ACC)
     g = tl.load(G + n * gn + c * gc + h * gh + w * gw, mask=mask, other=0).to(ACC)
-    s = tl.load(S + c, mask=c < C, other=0).to(ACC)
+    s = tl.load(S + (c + SHIFT) % C, mask=c < C, other=0).to(ACC)
     gx = 2 * x * s * g
     gs = x * x * g
     if SECOND:
@@ -82,7 +84,11 @@ def _options(x: Tensor, broken: str) -> tuple[tuple[int, int, int], dict]:
     if broken == "accumulates in x's dtype" and x.dtype == torch.float16:
         acc = tl.float16
     tiles = h * w // pixels if broken == "last tile left out" and h * w >= pixels else triton.cdiv(h * w, pixels)
-    options = {"SQUARE": broken == "wrong index", "UNMASKED": broken == "missing mask"}
+    options = {
+        "SWAP": broken == "height for width",
+        "SHIFT": int(broken == "wrong index"),
+        "UNMASKED": broken == "missing mask",
+    }
     return (n, tiles, triton.cdiv(c, 32)), {"ACC": acc, "BLOCK_P": pixels, "BLOCK_C": 32, **options}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from opcheck import CHECKS, SIZES, OpCase, check, failures
+from opcheck import CHECKS, OpCase, check, failures
 from scaled_square import _forward, scaled_square, scaled_square_torch
 from watched import rounding, watched
 
@@ -24,15 +24,25 @@ def make(n, c, h, w):
     return [torch.randn(n, c, h, w, dtype=torch.float64), torch.randn(c, dtype=torch.float64)]
 
 
-def case(broken, sizes=((1, 1, 2, 3), (2, 2, 1, 100), (0, 3, 4, 5))):
+FEW = {  # what is enough for the broken forms
+    "sizes": ((1, 1, 2, 3), (2, 2, 1, 100), (0, 3, 4, 5)),
+    "layout_sizes": ((1, 3, 2, 4),),
+    "precision_sizes": ((1, 7, 9, 8),),
+    "gradcheck_size": (1, 2, 3, 2),
+    "slow_size": (1, 1, 1, 2),
+}
+
+
+def case(broken, options=FEW):
     name = f"scaled_square {broken}"
-    return OpCase(name, lambda x, scale: scaled_square(x, scale, broken), scaled_square_torch, make, sizes=sizes)
+    return OpCase(name, lambda x, scale: scaled_square(x, scale, broken), scaled_square_torch, make, **options)
 
 
-RIGHT = case("", SIZES)
+RIGHT = case("", {})
 EVERYWHERE = {"values", "gradients", "second", "partial", "layouts"}  # what compares fp64 results with the definition
 BROKEN = {  # form → all checks that it fails
-    "wrong index": EVERYWHERE | {"bounds", "poison", "precision", "gradcheck", "gradgradcheck"},
+    "wrong index": EVERYWHERE | {"precision", "gradcheck", "gradgradcheck"},
+    "height for width": EVERYWHERE | {"bounds", "poison", "precision", "gradcheck", "gradgradcheck"},
     "last tile left out": {"poison", "values", "gradients", "second", "precision"},
     "wrong second": {"second", "partial", "layouts", "gradgradcheck"},
     "forgets a term": {"second", "partial", "layouts", "gradgradcheck"},
@@ -55,7 +65,10 @@ def test_a_right_op_passes(name):
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_op_fails_the_checks_that_look_there(broken):
-    assert set(failures(case(broken))) == BROKEN[broken]
+    found = set(failures(case(broken)))
+    if "bounds" in found:  # what lies outside of one tensor may belong to another of the launch: by chance, not always
+        found.discard("determinism")
+    assert found == BROKEN[broken]
 
 
 def test_a_missing_mask_is_seen_and_kept_from_doing_harm():
@@ -78,7 +91,7 @@ def test_rounding_is_what_the_interpreter_lacks_for_bfloat16():
     x = torch.randn(1, 32, 16, 16)
     exact = x.double().square()
     y = torch.empty_like(x, dtype=torch.bfloat16)
-    options = dict(ACC=tl.float32, BLOCK_P=64, BLOCK_C=32, SQUARE=False, UNMASKED=False)
+    options = dict(ACC=tl.float32, BLOCK_P=64, BLOCK_C=32, SWAP=False, UNMASKED=False, SHIFT=0)
     errors = []
     for context in (contextlib.nullcontext(), rounding()):
         with context:

@@ -115,11 +115,11 @@ def _bounded(watch: Watch) -> Iterator[None]:
             watch.outside.append(f"{watch.kernel} {verb} {int(outside.sum())} elements outside of its tensors")
         return type(mask)(mask.data & ok, mask.dtype)
 
-    def create_masked_load(self, pointers, mask, *rest):
-        return load(self, pointers, inside(pointers, mask, "reads"), *rest)
+    def create_masked_load(self, pointers, mask, *rest, **options):
+        return load(self, pointers, inside(pointers, mask, "reads"), *rest, **options)
 
-    def create_masked_store(self, pointers, value, mask, *rest):
-        return store(self, pointers, value, inside(pointers, mask, "writes"), *rest)
+    def create_masked_store(self, pointers, value, mask, *rest, **options):
+        return store(self, pointers, value, inside(pointers, mask, "writes"), *rest, **options)
 
     with mock.patch.multiple(
         InterpreterBuilder, create_masked_load=create_masked_load, create_masked_store=create_masked_store

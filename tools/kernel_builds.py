@@ -81,6 +81,7 @@ def main(
     dtype: Annotated[list[str], typer.Option(help="Of the activations; may be repeated.")] = list(DTYPES),  # noqa: B006
     model: Annotated[list[str], typer.Option(help="Whose layers; may be repeated.")] = list(kernel_shapes.MODELS),  # noqa: B006
     op: Annotated[str, typer.Option(help="Only calls of this op.")] = "",
+    resolution: Annotated[list[int], typer.Option(help="Only layers of this resolution; may be repeated.")] = [],  # noqa: B006
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where every build goes as a row.")] = None,
 ) -> None:
@@ -102,7 +103,11 @@ def main(
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
         models = {name: kernel_shapes.MODELS[name] for name in model}
-        calls = [call for call in kernel_shapes.calls(models) if op in ("", call.op)]
+        calls = [
+            call
+            for call in kernel_shapes.calls(models)
+            if op in ("", call.op) and call.resolution in (resolution or [call.resolution])
+        ]
         rows = build(calls, dtype, target, jobs)
         if json_file is not None:
             json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

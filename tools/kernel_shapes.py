@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Call:
     constants: tuple[str, ...] = ()
     order: int = 2
     flops: float = 0
+    resolution: int = 0  # of the block that the layer belongs to
 
     def make(self, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """The tensors, normal, images in channels_last; those that can have a gradient require one."""
@@ -133,5 +134,5 @@ def calls(models: dict[str, tuple[int, int]] = MODELS, batch: int = 8) -> list[C
         for r in resolutions(top):
             for op in OPS:
                 for call in op(batch, channels(r, base), r):
-                    found.append(Call(**{**call.__dict__, "name": f"{model} {r} {call.name}"}))
+                    found.append(replace(call, name=f"{model} {r} {call.name}", resolution=r))
     return found
