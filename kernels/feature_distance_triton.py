@@ -147,7 +147,7 @@ def distance_and_gradient(
     rows, grow = n * th * tw, (gh, gw) != (th, tw)
     acc, tl_acc = (torch.float64, tl.float64) if y.dtype == torch.float64 else (torch.float32, tl.float32)
     block_c = min(1024, triton.next_power_of_2(channels))
-    block_r = min(16, 8192 // block_c)
+    block_r = max(1, min(16, 4096 // block_c))
     programs = -(-rows // block_r)
     loss = y.new_empty(programs, dtype=acc)
     dbias = y.new_empty((programs, channels) if keep else (1, 1), dtype=acc)

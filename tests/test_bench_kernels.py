@@ -1,0 +1,234 @@
+"""tools/bench_kernels.py: nothing is timed before all is right; its rows; its model of GPUs that are not there."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hsrgan import kernels
+from hsrgan.engine.errors import UserError
+from hsrgan.tools import bench_kernels, kernel_shapes, kernel_timing
+
+ROOT = Path(__file__).parents[1]
+ROOFS = {"copy": 1e12, "float32": 1e13, "float16": 1e14}
+SHAPES = """
+- {op: bias_act, batch: 1, channels: 8, resolution: 8}
+- {op: feature_match, batch: 2, channels: 64, resolution: 16}
+"""  # in YAML, as --shapes takes them
+
+
+def eager(call):
+    return getattr(kernels, f"{call.op}_torch")
+
+
+def small_cases(modes=kernel_timing.MODES, dtypes=(torch.float32,)):
+    calls = [*kernel_shapes.bias_act(1, 4, 8), *kernel_shapes.upfirdn2d(1, 4, 8)]
+    return kernel_timing.cases(calls, list(dtypes), list(modes))
+
+
+def never(*_):
+    raise AssertionError("a stopwatch was started")
+
+
+def fake_watch(run):
+    run()
+    return {"p20": 1e-3, "p50": 2e-3, "p80": 3e-3}
+
+
+def bench(cases, providers):
+    return bench_kernels.bench(cases, providers, "cpu", fake_watch, lambda: ROOFS, peak=lambda run: 7)
+
+
+@pytest.mark.parametrize("mode", kernel_timing.MODES)
+def test_a_wrong_result_in_any_mode_times_nothing(mode):
+    class OnlyThisModeIsWrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * (1.01 if mode == "forward" else 1)
+
+        @staticmethod
+        def backward(ctx, g):
+            if mode == "double":
+                return g + 0 * g.detach() if not torch.is_grad_enabled() else Twice.apply(g)
+            return g * (1.01 if mode == "backward" else 1)
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, g):
+            return g.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 1.01
+
+    def broken(call):
+        return lambda **t: OnlyThisModeIsWrong.apply(eager(call)(**t))
+
+    cases = small_cases([mode])
+    providers = {"sound": eager, "broken": broken}
+    with pytest.raises(UserError, match="nothing was timed; the first: broken bias_act"):
+        bench_kernels.bench(cases, providers, "cpu", never, never, peak=never)
+
+
+def test_a_provider_that_raises_is_wrong_too():
+    def fails(call):
+        def op(**tensors):
+            raise RuntimeError("no kernel image")
+
+        return op
+
+    (wrong, *_) = bench_kernels.check_all(small_cases(["forward"]), {"fails": fails}, "cpu")
+    assert "raises RuntimeError: no kernel image" in wrong
+
+
+def test_the_gate_is_of_the_dtype():
+    """Half precision may be off by as much as the definition in half precision, and no more."""
+    (case,) = small_cases(["forward"], [torch.float16])[:1]
+
+    def rounded(factor):
+        def op(x, **tensors):
+            return (kernels.bias_act_torch(x.double(), **tensors) * factor).to(x.dtype)
+
+        return op
+
+    assert kernel_timing.gate(case, rounded(1), "cpu") == ""
+    assert "is off by" in kernel_timing.gate(case, rounded(1.01), "cpu")
+
+
+def test_rows_and_files(tmp_path):
+    cases = small_cases()
+    rows = bench(cases, {"hsrgan": lambda call: getattr(kernels, call.op), "eager": eager, "absent": lambda call: None})
+    assert len(rows) == 2 * len(cases)
+    assert {row["provider"] for row in rows} == {"hsrgan", "eager"}
+    assert {row["mode"] for row in rows} == set(kernel_timing.MODES)
+    for row in rows:
+        assert list(row) == list(bench_kernels.KEYS)
+        assert None not in row.values()
+        assert row["gb_s"] == pytest.approx(row["bytes"] / 2e-3 / 1e9)
+        assert row["roof_share"] == pytest.approx(row["floor"] / 2e-3)
+    bench_kernels.write(rows, tmp_path / "new" / "kernels", ROOFS)
+    with (tmp_path / "new" / "kernels.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [row["shape"] for row in read] == [row["shape"] for row in rows]
+    assert list(read[0]) == list(bench_kernels.KEYS)
+    saved = json.loads((tmp_path / "new" / "kernels.json").read_text())
+    assert saved == {"roofs": ROOFS, "rows": rows}
+    assert (tmp_path / "new" / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bytes_are_those_that_any_implementation_moves():
+    call = kernel_timing.Call("", "bias_act", {"x": (2, 4, 8, 8), "bias": (4,)})
+    x, bias = 2 * 4 * 8 * 8 * 2, 4 * 4
+    cases = kernel_timing.cases([call], [torch.float16], list(kernel_timing.MODES))
+    moved = {case.mode: kernel_timing.bytes_of(case) for case in cases}
+    assert moved == {"forward": 2 * x + bias, "backward": 3 * x + 2 * bias, "double": 5 * x + 2 * bias}
+
+
+def test_compiled_functions_have_no_second_derivative_and_a_case_no_third():
+    feature = next(kernel_shapes.feature_match(1, 4, 8))
+    cases = kernel_timing.cases([feature], [torch.float32], list(kernel_timing.MODES))
+    assert [case.mode for case in cases] == ["forward", "backward"]
+    double = small_cases(["double"])[0]
+    assert kernel_timing.possible("eager", double) and not kernel_timing.possible("compiled", double)
+
+
+def test_the_static_model_end_to_end(tmp_path):
+    (tmp_path / "shapes.yaml").write_text(SHAPES)
+    options = ["--shapes", tmp_path / "shapes.yaml", "--gpu", "H200", "--out", tmp_path / "rows", "--jobs", "1"]
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is timed instead")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
+    command = [sys.executable, ROOT / "tools" / "bench_kernels.py", *options, "--mode", "forward,backward"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "NOTHING WAS TIMED" in done.stdout and "nothing was timed" in done.stdout
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert saved["roofs"]["copy"] == 4.8e12
+    rows = [row for row in saved["rows"] if row["op"] == "feature_match"]
+    assert [row["mode"] for row in rows] == ["forward", "backward"] * 2
+    for row in saved["rows"]:
+        assert row["p50"] is None and row["gb_s"] is None and row["floor"] > 0
+        assert row["device"] == "H200 (data sheet)"
+    names = [[kernel["kernel"] for kernel in row["kernels"]] for row in rows[:2]]
+    assert names == [["pool_kernel", "distance_kernel"], ["dx_kernel", "dw_kernel"]]
+    for kernel in rows[0]["kernels"] + rows[1]["kernels"]:
+        assert kernel["registers"] > 0 and kernel["spills"] == 0 and not kernel["error"]
+        assert 0 < kernel["occupancy"] <= 1
+    # 16×16 pixels of 64 channels to 4096, the 196 bins of a 14×14 grid to 768
+    assert rows[0]["flops"] == 2 * 2 * 4096 * (16 * 16 * 64 + 196 * 768)
+    assert rows[1]["flops"] == 2 * rows[0]["flops"]
+    assert (tmp_path / "rows.csv").exists() and (tmp_path / "rows.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("a: [", "not YAML"),
+        ("{op: bias_act}", "must be a list"),
+        ("[]", "must be a list"),
+        ("[{op: bias_act, batch: 1, channels: 8}]", "entry 1 must have op, batch, channels and resolution"),
+        ("[{op: gelu, batch: 1, channels: 8, resolution: 8}]", "entry 1 has op 'gelu'; there are bias_act"),
+        ("[{op: bias_act, batch: 0, channels: 8, resolution: 8}]", "whole numbers above 0"),
+        ("[{op: bias_act, batch: 1, channels: 8, resolution: true}]", "whole numbers above 0"),
+        ("[{op: feature_match, batch: 1, channels: 8, resolution: 128}]", "no layer at resolution 128"),
+    ],
+)
+def test_a_bad_shapes_file_is_one_line(tmp_path, text, message):
+    path = tmp_path / "shapes.yaml"
+    if text is not None:
+        path.write_text(text)
+    result = CliRunner().invoke(bench_kernels.app, ["--shapes", str(path)])
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--op", "gelu", "--op gelu: there are bias_act"),
+        ("--dtype", "fp8", "--dtype fp8: there are float16"),
+        ("--mode", ",", "--mode: give some of forward"),
+        ("--gpu", "GTX", "--gpu GTX: there are A100"),
+        ("--model", "sg3", "--model sg3: there are ffhq256"),
+    ],
+)
+def test_bad_options_are_one_line(option, value, message):
+    result = CliRunner().invoke(bench_kernels.app, [option, value])
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_checkout_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="no torch_utils/ops/bias_act"):
+        kernel_timing.providers(tmp_path)
+
+
+def test_a_checkout_becomes_a_rival(tmp_path):
+    """Its ops are called with their own arguments, and PyTorch does around them what they leave out."""
+    ops = tmp_path / "torch_utils" / "ops"
+    ops.mkdir(parents=True)
+    (tmp_path / "torch_utils" / "__init__.py").write_text("")
+    (ops / "__init__.py").write_text("")
+    (ops / "bias_act.py").write_text(
+        "from hsrgan import kernels\n"
+        "def bias_act(x, b=None, dim=1, act='linear', alpha=None, gain=None, clamp=None):\n"
+        "    return kernels.bias_act_torch(x, b, act=act, alpha=alpha, gain=gain, clamp=clamp)\n"
+    )
+    (ops / "upfirdn2d.py").write_text(
+        "from hsrgan.kernels import upfirdn2d_torch as upfirdn2d\n"
+        "from hsrgan.kernels import upsample2d_torch as upsample2d\n"
+        "from hsrgan.kernels import downsample2d_torch as downsample2d\n"
+    )
+    before = list(sys.path)
+    nvidia = kernel_timing.providers(tmp_path)["nvidia"]
+    assert sys.path == before
+    assert nvidia(next(kernel_shapes.feature_match(1, 4, 8))) is None
+    rows = bench(small_cases(), {"nvidia": nvidia})
+    assert {row["op"] for row in rows} == {"bias_act", "upfirdn2d", "upsample2d", "downsample2d"}

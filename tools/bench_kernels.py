@@ -1,0 +1,292 @@
+"""Time every op beside its rivals on a GPU; without one, print what can be said without timing anything.
+
+    python tools/bench_kernels.py
+    python tools/bench_kernels.py --model ffhq1024 --op bias_act --dtype float16 --stylegan3 ../stylegan3
+    python tools/bench_kernels.py --shapes shapes.yaml --gpu MI300X
+
+Rivals: eager PyTorch (the definition of the op), torch.compile of it, NVIDIA's CUDA ops out of a checkout of stylegan3.
+All of a run is checked against the definition in fp64 before the first stopwatch starts: if anything is wrong, nothing
+is timed and the exit code is 1. Rows go to benchmarks/kernels_<device>.csv and .json, with a roofline plot.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from hsrgan import kernels
+from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.kernels import builds, launch
+from hsrgan.kernels.builds import GPUS, Gpu
+from hsrgan.tools import kernel_shapes, kernel_timing
+from hsrgan.tools.kernel_shapes import Call
+from hsrgan.tools.kernel_timing import MODES, Case, Providers
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+OUT = Path(__file__).parents[1] / "benchmarks"
+KEYS = (
+    "op", "provider", "shape", "dtype", "mode", "p20", "p50", "p80", "gb_s", "tflop_s", "roof_share", "peak_memory",
+    "bytes", "flops", "floor", "device", "versions", "date",
+)  # fmt: skip
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> str:
+    import triton
+
+    return f"torch {torch.__version__}, triton {triton.__version__}, cuda {torch.version.cuda or torch.version.hip}"
+
+
+def read_shapes(path: Path) -> list[Call]:
+    """The calls of a YAML list of {op, batch, channels, resolution}; UserError naming the entry that is wrong."""
+    ops = {op.__name__: op for op in kernel_shapes.OPS}
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--shapes {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--shapes {path}: not YAML: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"--shapes {path}: must be a list of {{op, batch, channels, resolution}}")
+    found = []
+    for i, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or set(entry) != {"op", "batch", "channels", "resolution"}:
+            raise UserError(f"--shapes {path}: entry {i} must have op, batch, channels and resolution; got {entry}")
+        if entry["op"] not in ops:
+            raise UserError(f"--shapes {path}: entry {i} has op {entry['op']!r}; there are {', '.join(ops)}")
+        sizes = [entry[key] for key in ("batch", "channels", "resolution")]
+        if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+            raise UserError(f"--shapes {path}: entry {i}: batch, channels and resolution are whole numbers above 0")
+        calls = list(ops[entry["op"]](*sizes))
+        if not calls:
+            raise UserError(f"--shapes {path}: entry {i}: {entry['op']} has no layer at resolution {sizes[2]}")
+        found += [Call(**{**call.__dict__, "name": f"{sizes[2]} {call.name}"}) for call in calls]
+    return found
+
+
+def check_all(cases: list[Case], providers: Providers, device: str) -> list[str]:
+    """What is wrong with any provider in any case: empty before anything may be timed."""
+    wrong = []
+    for case in track(cases, "checking", console=Console(stderr=True), transient=True):
+        for name, provider in providers.items():
+            op = provider(case.call) if kernel_timing.possible(name, case) else None
+            complaint = "" if op is None else kernel_timing.gate(case, op, device)
+            if complaint:
+                wrong.append(f"{name} {case.call.op}, {case.name}: {complaint}")
+    return wrong
+
+
+def bench(
+    cases: list[Case],
+    providers: Providers,
+    device: str,
+    stopwatch: Callable[[Callable[[], Any]], dict[str, float]],
+    roofs: Callable[[], dict[str, float]],
+    peak: Callable[[Callable[[], Any]], int] = kernel_timing.peak_memory,
+) -> list[dict]:
+    """A row a case and provider; UserError, and nothing timed, if any of them is wrong."""
+    wrong = check_all(cases, providers, device)
+    if wrong:
+        raise UserError(f"{len(wrong)} results are wrong, so nothing was timed; the first: {wrong[0]}")
+    best, rows = roofs(), []
+    for case in track(cases, "timing", console=Console(stderr=True), transient=True):
+        for name, provider in providers.items():
+            op = provider(case.call) if kernel_timing.possible(name, case) else None
+            if op is None:
+                continue
+            run = kernel_timing.prepare(case, op, case.call.make(case.dtype, device))
+            moved = kernel_timing.bytes_of(case)
+            floor = max(moved / best["copy"], case.flops / best[str(case.dtype).removeprefix("torch.")])
+            used, times = peak(run), stopwatch(run)
+            rows.append(row(case, name, moved, floor, torch.cuda.get_device_name() if device == "cuda" else device)
+                        | times | {"gb_s": moved / times["p50"] / 1e9, "tflop_s": case.flops / times["p50"] / 1e12,
+                                   "roof_share": floor / times["p50"], "peak_memory": used})  # fmt: skip
+    return rows
+
+
+def row(case: Case, provider: str, moved: int, floor: float, device: str) -> dict:
+    """The columns that need no stopwatch; seconds, bytes and FLOP. The others are empty: nothing was timed."""
+    known = {
+        "op": case.call.op, "provider": provider, "shape": f"{case.call.name} {list(case.call.sizes['x'])}",
+        "dtype": str(case.dtype).removeprefix("torch."), "mode": case.mode, "bytes": moved, "flops": case.flops,
+        "floor": floor, "device": device, "versions": versions(), "date": now(),
+    }  # fmt: skip
+    return {key: known.get(key) for key in KEYS}
+
+
+def launches_of(case: Case, chip: str) -> list[launch.Launch]:
+    """What our op launches in the mode itself on a chip; none where it has no Triton kernel yet."""
+    with launch.record(chip) as launches:
+        run = kernel_timing.prepare(case, getattr(kernels, case.call.op), case.call.make(case.dtype))
+        before = len(launches)
+        run()
+    return launches[before:]
+
+
+def model(cases: list[Case], gpu: Gpu, jobs: int = 0) -> list[dict]:
+    """A row a case with its bytes, FLOP and floor on gpu, and the kernels that our op launches, compiled for it."""
+    launches = [launches_of(case, gpu.target) for case in cases]
+    built = iter(builds.build_each([x for some in launches for x in some], [gpu.target], jobs).values())
+    rows = []
+    for case, some in zip(cases, launches, strict=True):
+        moved = kernel_timing.bytes_of(case)
+        floor = builds.floor_seconds(moved, case.flops, gpu, matrix=case.dtype.itemsize == 2)
+        compiled = [next(built) for _ in some]
+        found = [
+            {"kernel": b.kernel, "registers": b.registers, "shared": b.shared, "spills": b.spills, "error": b.error,
+             "occupancy": 0.0 if b.error else builds.occupancy(b, gpu).share}
+            for b in compiled
+        ]  # fmt: skip
+        rows.append(row(case, "hsrgan", moved, floor, f"{gpu.name} (data sheet)") | {"kernels": found})
+    return rows
+
+
+def write(rows: list[dict], stem: Path, roofs: dict[str, float]) -> None:
+    """stem.csv, stem.json and stem.png."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps({"roofs": roofs, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, KEYS, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+    plot(rows, stem.with_suffix(".png"), roofs)
+
+
+def plot(rows: list[dict], path: Path, roofs: dict[str, float]) -> None:
+    """Roofline: what was reached (or, untimed, the floor) over FLOP a byte; one FLOP a byte where an op has none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for provider in dict.fromkeys(r["provider"] for r in rows):
+        own = [r for r in rows if r["provider"] == provider]
+        work = [r["flops"] or r["bytes"] for r in own]
+        seconds = [r["p50"] or r["floor"] for r in own]
+        intensity = [w / r["bytes"] for w, r in zip(work, own, strict=True)]
+        reached = [w / s / 1e12 for w, s in zip(work, seconds, strict=True)]
+        axes.scatter(intensity, reached, s=14, label=provider if own[0]["p50"] else f"{provider}: floor, nothing timed")
+    x = [10 ** (i / 20) for i in range(-20, 90)]
+    for name, rate in roofs.items():
+        if name != "copy":
+            axes.plot(x, [min(v * roofs["copy"], rate) / 1e12 for v in x], lw=1, label=f"roof, {name}")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s", title=rows[0]["device"])
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def print_timed(rows: list[dict], roofs: dict[str, float], console: Console) -> None:
+    rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in roofs.items() if name != "copy")
+    console.print(f"roofs measured in this run: copy {roofs['copy'] / 1e12:.2f} TB/s, {rates}")
+    headings = ("op", "shape", "dtype", "mode", "provider", "µs", "GB/s", "TFLOP/s", "of the roof", "peak MB")
+    table = Table(*headings, title=rows[0]["device"])
+    for r in rows:
+        table.add_row(
+            r["op"], r["shape"], r["dtype"], r["mode"], r["provider"],
+            f"{r['p50'] * 1e6:.1f} ({r['p20'] * 1e6:.1f}–{r['p80'] * 1e6:.1f})", f"{r['gb_s']:.0f}",
+            f"{r['tflop_s']:.1f}", f"{r['roof_share']:.0%}", f"{r['peak_memory'] / 1e6:.1f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_model(rows: list[dict], gpu: Gpu, console: Console) -> None:
+    title = f"{gpu.name} by its data sheet and by ahead-of-time builds for {gpu.target}: NOTHING WAS TIMED"
+    headings = ("op", "shape", "dtype", "mode", "MB", "GFLOP", "floor µs", "kernels", "registers", "spills", "warps")
+    table = Table(*headings, title=title, caption="warps: share of those that a multiprocessor can hold")
+    for r in rows:
+        found = r["kernels"]
+        of = [f"{max(k[key] for k in found)}" for key in ("registers", "spills")] if found else ["", ""]
+        table.add_row(
+            r["op"], r["shape"], r["dtype"], r["mode"], f"{r['bytes'] / 1e6:.2f}", f"{r['flops'] / 1e9:.2f}",
+            f"{r['floor'] * 1e6:.2f}", " ".join(dict.fromkeys(k["kernel"] for k in found)) or "no Triton kernel", *of,
+            f"{min(k['occupancy'] for k in found):.0%}" if found else "",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"No GPU here: nothing was timed. Floors are {gpu.name}'s data sheet, not a measurement.")
+
+
+def chosen(values: str, known: dict[str, Any] | tuple[str, ...], option: str) -> list[str]:
+    names = [name.strip() for name in values.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--{option} {name}: there are {', '.join(known)}")
+    if not names:
+        raise UserError(f"--{option}: give some of {', '.join(known)}")
+    return names
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model_names: Annotated[str, typer.Option("--model", help="Whose layers, by commas.")] = "ffhq256,ffhq1024",
+    shapes: Annotated[Path | None, typer.Option(help="YAML list of {op, batch, channels, resolution}.")] = None,
+    ops: Annotated[str, typer.Option("--op", help="Only these ops, by commas.")] = "",
+    dtypes: Annotated[str, typer.Option("--dtype", help="Of the activations, by commas.")] = "float16",
+    modes: Annotated[str, typer.Option("--mode", help="By commas.")] = ",".join(MODES),
+    batch: Annotated[int, typer.Option(min=1, help="Images, for --model's layers.")] = 8,
+    stylegan3: Annotated[Path | None, typer.Option(help="A checkout whose CUDA ops become a rival.")] = None,
+    tf32: Annotated[bool, typer.Option("--tf32", help="fp32 products on tensor cores, everybody's.")] = False,
+    gpu: Annotated[str, typer.Option(help=f"Of the static model: {', '.join(GPUS)}.")] = "H200",
+    jobs: Annotated[int, typer.Option(min=0, help="Processes that compile for the static model; 0: one a core.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where rows and plot go, without suffix.")] = None,
+) -> None:
+    """Time every op beside its rivals; on a machine without a GPU print the static model of --gpu instead."""
+    with user_errors():
+        calls = kernel_shapes.calls(
+            {name: kernel_shapes.MODELS[name] for name in chosen(model_names, kernel_shapes.MODELS, "model")}, batch
+        ) if shapes is None else read_shapes(shapes)  # fmt: skip
+        there = tuple(dict.fromkeys(call.op for call in calls))
+        wanted = chosen(ops, there, "op") if ops else there
+        calls = [call for call in calls if call.op in wanted]
+        types = [DTYPES[name] for name in chosen(dtypes, DTYPES, "dtype")]
+        cases = kernel_timing.cases(calls, types, chosen(modes, MODES, "mode"))
+        if gpu not in GPUS:
+            raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
+        launch.allow_tf32(tf32)
+        console = Console()
+        if not torch.cuda.is_available():
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
+            rows = model(cases, GPUS[gpu], jobs)
+            if out is not None:
+                sheet = {"copy": GPUS[gpu].bandwidth} | {
+                    name: GPUS[gpu].matrix if DTYPES[name].itemsize == 2 else GPUS[gpu].vector for name in DTYPES
+                }
+                write(rows, out, sheet)
+            print_model(rows, GPUS[gpu], console)
+            return
+        rivals = kernel_timing.providers(stylegan3)
+        stopwatch = kernel_timing.Stopwatch()
+        best: dict[str, float] = {}
+
+        def measured() -> dict[str, float]:
+            best.update(kernel_timing.roofs(stopwatch, types))
+            return best
+
+        rows = bench(cases, rivals, "cuda", stopwatch, measured)
+        device = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
+        write(rows, out or OUT / f"kernels_{device}", best)
+        print_timed(rows, best, console)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,246 @@
+"""What tools/bench_kernels.py times: one call of one op in one mode by one provider, checked first; and the roofs.
+
+A mode is forward, backward (the gradients of all leaves) or double (the gradients of a gradient by x, as R1 takes
+them). The bytes that are divided by are what any implementation must move, not what one does: forward reads the inputs
+and writes the output; backward reads the inputs and the output's gradient and writes a gradient for each leaf; double
+reads the inputs and both gradients and writes a gradient for each leaf and for the output's gradient.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsrgan import kernels
+from hsrgan.engine.errors import UserError
+from hsrgan.tools.kernel_shapes import Call
+
+MODES = ("forward", "backward", "double")
+FREE = 1e-5  # of the norm: fp32 sums of millions of terms in another order
+PRECISE = 2**27  # elements of the largest tensor up to which the truth is computed in fp64, above it in fp32
+
+Op = Callable[..., Tensor]
+Providers = Mapping[str, Callable[[Call], Op | None]]  # name → the op of a call, None where there is none
+
+
+@dataclass(frozen=True)
+class Case:
+    call: Call
+    dtype: torch.dtype
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.call.name}, {str(self.dtype).removeprefix('torch.')}, {self.mode}"
+
+    @property
+    def flops(self) -> float:
+        """Of products: a backward pass has two for each of the forward pass's, and so on."""
+        return self.call.flops * {"forward": 1, "backward": 2, "double": 4}[self.mode]
+
+
+def cases(calls: list[Call], dtypes: list[torch.dtype], modes: list[str]) -> list[Case]:
+    """Every call in every dtype and in every mode that it can be in."""
+    return [
+        Case(call, dtype, mode)
+        for call in calls
+        for dtype in dtypes
+        for mode in modes
+        if not (mode == "double" and call.order < 2)
+    ]
+
+
+def prepare(case: Case, op: Op, tensors: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
+    """Everything up to the mode's own work is done here; the result does that work, again at each call."""
+    function = case.call.function(op)
+    leaves = [t for t in tensors.values() if t.requires_grad]
+    if case.mode == "forward":
+        return lambda: [function(**tensors)]
+    y = function(**tensors)
+    g = _like(y, 1)
+    if case.mode == "backward":
+        return lambda: list(torch.autograd.grad(y, leaves, g, retain_graph=True))
+    g.requires_grad_()
+    (first,) = torch.autograd.grad(y, leaves[:1], g, create_graph=True)
+    v, sources = _like(first, 2), [*leaves, g]
+
+    def twice() -> list[Tensor]:
+        found = torch.autograd.grad(first, sources, v, retain_graph=True, allow_unused=True)
+        return [t for t in found if t is not None]
+
+    return twice
+
+
+def _like(t: Tensor, seed: int) -> Tensor:
+    """Normal in t's shape and format, in steps that every dtype holds exactly."""
+    if t.is_meta:
+        return torch.empty_like(t)
+    generator = torch.Generator(t.device).manual_seed(seed)
+    values = torch.randn(t.shape, generator=generator, device=t.device)
+    return torch.empty_like(t).detach().copy_((values * 32).round() / 32)
+
+
+def bytes_of(case: Case) -> int:
+    """What any implementation must move, from the shapes alone."""
+    tensors = case.call.make(case.dtype)
+    with torch.no_grad():
+        y = _output(case.call, tensors)
+    inputs = sum(t.nbytes for t in tensors.values())
+    leaves = sum(t.nbytes for t in tensors.values() if t.requires_grad)
+    if case.mode == "forward":
+        return inputs + y
+    if case.mode == "backward":
+        return inputs + y + leaves
+    return inputs + y + tensors["x"].nbytes + leaves + y
+
+
+def _output(call: Call, tensors: dict[str, Tensor]) -> int:
+    """Bytes of the op's output; the definition on meta tensors tells."""
+    return call.function(getattr(kernels, f"{call.op}_torch"))(**tensors).nbytes
+
+
+def gate(case: Case, op: Op, device: str) -> str:
+    """"" if op's results in this mode are as near the truth as they must be; else what is wrong.
+
+    The truth is the definition in fp64 (fp32 where that would not fit) on the same rounded inputs. Allowed, in norm:
+    twice the definition's own error in the dtype.
+    """
+    torch.manual_seed(0)
+    tensors = case.call.make(case.dtype, device)
+    definition = getattr(kernels, f"{case.call.op}_torch")
+    precise = torch.float64 if max(t.numel() for t in tensors.values()) <= PRECISE else torch.float32
+    exact = {n: t.detach().to(precise).requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    same = {n: t.detach().to(case.dtype).requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    truth = [t.detach() for t in prepare(case, definition, exact)()]
+    own = [t.detach() for t in prepare(case, definition, same if _needs_one_dtype(case.call) else tensors)()]
+    try:
+        found = [t.detach() for t in prepare(case, op, tensors)()]
+    except Exception as error:  # a provider that fails is not timed either, and the reason is the user's to read
+        return f"raises {type(error).__name__}: {error}"
+    if len(found) != len(truth):
+        return f"gives {len(found)} results in place of {len(truth)}"
+    for i, (ours, theirs, expected) in enumerate(zip(found, own, truth, strict=True)):
+        if ours.shape != expected.shape:
+            return f"result {i} has shape {list(ours.shape)}, not {list(expected.shape)}"
+        norm = max(float(expected.norm()), 1e-30)
+        error, allowed = (float((t.to(precise) - expected).norm()) / norm for t in (ours, theirs))
+        if not error <= 2 * allowed + FREE:
+            return f"result {i} is off by {error:.1e} (relative); twice the definition's own error is {2 * allowed:.1e}"
+    return ""
+
+
+def _needs_one_dtype(call: Call) -> bool:
+    """PyTorch's own convolutions refuse half-precision features with fp32 weights."""
+    return call.op == "feature_match"
+
+
+class Stopwatch:
+    """Seconds of a function on the GPU by events, the L2 flushed before each run."""
+
+    def __init__(self, device: str = "cuda", seconds: float = 0.3, least: int = 20) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self.flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.uint8, device=device)
+        self.seconds, self.least = seconds, least
+
+    def once(self, run: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def __call__(self, run: Callable[[], Any]) -> dict[str, float]:
+        """p20, p50 and p80 in seconds; three runs warm up."""
+        for _ in range(3):
+            about = self.once(run)
+        count = max(self.least, min(1000, int(self.seconds / max(about, 1e-6))))
+        times = [self.once(run) for _ in range(count)]
+        tenths = statistics.quantiles(times, n=10, method="inclusive")
+        return {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7]}
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """Bytes allocated at the most during run, beyond what was there."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def roofs(stopwatch: Callable[[Callable[[], Any]], dict[str, float]], dtypes: list[torch.dtype]) -> dict[str, float]:
+    """{"copy": bytes/s of a 1 GiB copy, read and written; "<dtype>": FLOP/s of an 8192³ product}, on this device."""
+    source = torch.empty(2**28, dtype=torch.float32, device="cuda").normal_()
+    target = torch.empty_like(source)
+    found = {"copy": 2 * source.nbytes / stopwatch(lambda: target.copy_(source))["p50"]}
+    for dtype in dtypes:
+        a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
+        found[str(dtype).removeprefix("torch.")] = 2 * 8192**3 / stopwatch(lambda a=a, b=b: a @ b)["p50"]
+    return found
+
+
+def providers(stylegan3: Path | None) -> dict[str, Callable[[Call], Op | None]]:
+    """Ours, PyTorch's eager and compiled definitions and, where a checkout is named, NVIDIA's own CUDA ops."""
+    compiled: dict[str, Op] = {}
+
+    def of_compiled(call: Call) -> Op:
+        if call.op not in compiled:
+            compiled[call.op] = torch.compile(getattr(kernels, f"{call.op}_torch"), dynamic=False)
+        return compiled[call.op]
+
+    found: dict[str, Callable[[Call], Op | None]] = {
+        "hsrgan": lambda call: getattr(kernels, call.op),
+        "eager": lambda call: getattr(kernels, f"{call.op}_torch"),
+        "compiled": of_compiled,
+    }
+    if stylegan3 is not None:
+        found["nvidia"] = nvidia(stylegan3)
+    return found
+
+
+def possible(provider: str, case: Case) -> bool:
+    """torch.compile refuses an outer derivative of its backward pass."""
+    return not (provider == "compiled" and case.mode == "double")
+
+
+def nvidia(checkout: Path) -> Callable[[Call], Op | None]:
+    """NVIDIA's ops out of the user's checkout of stylegan3, with what they leave out done by PyTorch around them."""
+    if not (checkout / "torch_utils" / "ops" / "bias_act.py").is_file():
+        raise UserError(f"--stylegan3 {checkout}: no torch_utils/ops/bias_act.py there; name a checkout of stylegan3")
+    sys.path.insert(0, str(checkout))
+    try:
+        from torch_utils.ops import bias_act as theirs_act
+        from torch_utils.ops import upfirdn2d as theirs_fir
+    except Exception as error:
+        raise UserError(f"--stylegan3 {checkout}: its ops do not import: {error}") from None
+    finally:
+        sys.path.remove(str(checkout))
+
+    def bias_act(x, bias=None, *, demod=None, noise=None, strength=None, next_style=None, residual=None, **options):
+        if demod is not None:
+            x = x * demod.to(x.dtype)[:, :, None, None]
+        if noise is not None:
+            x = x + (noise * strength).to(x.dtype)
+        options.setdefault("act", "lrelu")
+        y = theirs_act.bias_act(x, None if bias is None else bias.to(x.dtype), **options)
+        if next_style is not None:
+            y = y * next_style.to(y.dtype)[:, :, None, None]
+        return y if residual is None else y + residual
+
+    ops: dict[str, Op] = {
+        "bias_act": bias_act,
+        "upfirdn2d": lambda x, f, **options: theirs_fir.upfirdn2d(x, f, **options),
+        "upsample2d": lambda x, f, **options: theirs_fir.upsample2d(x, f, **options),
+        "downsample2d": lambda x, f, **options: theirs_fir.downsample2d(x, f, **options),
+    }
+    return lambda call: ops.get(call.op)
