@@ -94,8 +94,8 @@ class _PiecewiseLinear(torch.autograd.Function):
         gx = gbias = gdemod = gnoise = gstrength = None
         if want_strength:
             # with 1 as a second noise, one product gives the gradients of bias and strength
-            maps = noise.flatten(2).to(g.dtype).expand(len(g), -1, -1)
-            sums = torch.cat([torch.ones_like(maps), maps], dim=1) @ g.flatten(2).transpose(1, 2)
+            maps = noise.reshape(len(noise), 1, -1).to(g.dtype).expand(len(g), -1, -1)
+            sums = torch.cat([torch.ones_like(maps), maps], dim=1) @ g.reshape(*g.shape[:2], -1).transpose(1, 2)
             total, weighted = sums.sum(0) * gain
             gstrength = weighted.sum().to(strength.dtype).reshape(strength.shape)
         elif want_bias:

@@ -430,6 +430,11 @@ def test_backend_is_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
             kernels.bias_act(X)
 
 
+def test_bias_act_of_rows_with_noise():
+    x, noise, strength = normal(3, 4).requires_grad_(), normal(3, 1), normal(1).requires_grad_()
+    assert gradcheck(lambda x, s: kernels.bias_act(x, noise=noise, strength=s), (x, strength))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 def test_clamp_that_the_dtype_cannot_hold_still_stops_gradients(dtype):
     """256·√½, the clamp of D's residual branch, lies between two values of either half precision."""
