@@ -207,16 +207,25 @@ def _specialised(launch: Launch, target: Target) -> tuple[Any, dict, str, str]:
 
 
 def _read_cubin(asm: dict) -> tuple[int, int]:
-    """Registers and stack bytes of the largest function; the stack of a Triton kernel holds spilled registers."""
+    """Registers and stack bytes of the largest function; the stack of a Triton kernel holds spilled registers.
+
+    The assembler reserves eight bytes now and then that no instruction touches: those are no spill.
+    """
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = [(int(r), int(s)) for r, s in re.findall(r"REG:(\d+) STACK:(\d+)", printed)]
-    return max(r for r, _ in found), max(s for _, s in found)
+
+        def output(*command: str | Path) -> str:
+            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+        used = re.findall(r"REG:(\d+) STACK:(\d+)", output(tools / "cuobjdump", "-res-usage"))
+        registers, stack = (max(map(int, numbers)) for numbers in zip(*used, strict=True))
+        if stack and not re.search(r"\b(STL|LDL)\b", output(tools / "nvdisasm")):
+            stack = 0
+    return registers, stack
 
 
 def _read_amdgcn(asm: dict) -> tuple[int, int]:
