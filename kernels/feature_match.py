@@ -4,7 +4,8 @@
 
 resize is the area resize (adaptive average pooling) to the target's grid. It is linear with weights that sum to one, so
 it commutes with the second convolution: the hidden map is pooled first when that shrinks it, and the prediction after
-when it does not.
+when it does not. On a GPU (feature_match_triton) each axis is resized where it is smaller, and the hidden map never
+reaches memory.
 """
 
 import torch

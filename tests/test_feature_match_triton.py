@@ -19,6 +19,7 @@ K, CT = 40, 7
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch):
     """The interpreter takes milliseconds a program; parts and splits have their own tests."""
+    torch.manual_seed(0)
     monkeypatch.setattr(feature_match_triton, "PROGRAMS", 1)
 
 
@@ -112,8 +113,9 @@ def test_half_precision_with_the_block_sizes_of(chip, dtype, monkeypatch):
     with watched():
         fast = gradients(mixed, kernels.feature_match)
     assert [t.dtype for t in fast] == [torch.float32, dtype, *[torch.float32] * 4]
-    for ours, theirs, exact in zip(fast, own, truth, strict=True):
-        allowed = 2 * (theirs.double() - exact).norm() + 1e-6 * exact.norm()
+    for i, (ours, theirs, exact) in enumerate(zip(fast, own, truth, strict=True)):
+        free = 1e-6 if i else torch.finfo(dtype).eps / 4  # the loss is one number, whose own error may happen to be 0
+        allowed = 2 * (theirs.double() - exact).norm() + free * exact.norm()
         assert (ours.double() - exact).norm() <= allowed
 
 

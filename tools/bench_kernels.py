@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import csv
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -47,9 +49,8 @@ def now() -> str:
 
 
 def versions() -> str:
-    import triton
-
-    return f"torch {torch.__version__}, triton {triton.__version__}, cuda {torch.version.cuda or torch.version.hip}"
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    return f"torch {torch.__version__}, triton {triton}, cuda {torch.version.cuda or torch.version.hip}"
 
 
 def read_shapes(path: Path) -> list[Call]:
@@ -213,9 +214,10 @@ def print_model(rows: list[dict], gpu: Gpu, console: Console) -> None:
     for r in rows:
         found = r["kernels"]
         of = [f"{max(k[key] for k in found)}" for key in ("registers", "spills")] if found else ["", ""]
+        names = dict.fromkeys(k["kernel"].rpartition(".")[2] for k in found)
         table.add_row(
             r["op"], r["shape"], r["dtype"], r["mode"], f"{r['bytes'] / 1e6:.2f}", f"{r['flops'] / 1e9:.2f}",
-            f"{r['floor'] * 1e6:.2f}", " ".join(dict.fromkeys(k["kernel"] for k in found)) or "no Triton kernel", *of,
+            f"{r['floor'] * 1e6:.2f}", " ".join(names) or "no Triton kernel", *of,
             f"{min(k['occupancy'] for k in found):.0%}" if found else "",
         )  # fmt: skip
     console.print(table)

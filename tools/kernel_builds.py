@@ -71,8 +71,9 @@ def print_rows(rows: list[dict], console: Console) -> None:
         table.add_row(kernel, target, f"{warps}", *figures, f"{least:.0%} of {gpu.name}")
     console.print(table)
     for row in rows:
+        fixed = " ".join(word for word in row["variant"].split() if "=" in word)
         for problem in row["problems"]:
-            console.print(f"{row['kernel']} for {row['target']} {problem}: {row['first']} ({row['variant']})")
+            console.print(f"{row['kernel']} for {row['target']} {problem}: {row['first']} ({fixed})", soft_wrap=True)
 
 
 @app.command()
