@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from layouts import FORMATS, GRADIENT_LAYOUTS, LAYOUTS
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import _disable_current_modes
@@ -33,7 +34,6 @@ SIZES = (
 LAYOUT_SIZES = ((2, 5, 4, 6), (2, 17, 3, 5))
 HALVES_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 FREE = 4 * torch.finfo(torch.float32).eps  # of the norm, in every dtype: sums are taken in another order
-FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 @dataclass(frozen=True)
@@ -394,40 +394,6 @@ def _numerical(case: OpCase, checker: Callable[..., bool]) -> None:
 def _rounded(case: OpCase, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [t.to(dtype if i in case.low else torch.float32) for i, t in enumerate(tensors)]
 
-
-def _sliced(t: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """t as a view with gaps on every axis of a larger tensor that is NaN in between."""
-    if t.ndim == 0:
-        return t
-    large = torch.full([2 * s + 1 for s in t.shape], torch.nan, dtype=t.dtype, device=t.device)
-    large = large.contiguous(memory_format=memory_format) if t.ndim == 4 else large
-    # a step of 2 on the outer axes, a margin on the inner one (channels of NHWC, columns of NCHW)
-    inner = 1 if memory_format == torch.channels_last else t.ndim - 1
-    view = large[tuple(slice(1, 1 + s) if a == inner else slice(1, 2 * s, 2) for a, s in enumerate(t.shape))]
-    view.copy_(t)
-    return view
-
-
-def _transposed(t: Tensor, i: int) -> Tensor:
-    return t.transpose(2, 3).contiguous().transpose(2, 3) if t.ndim == 4 else t
-
-
-LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "nchw": lambda t, i: t.contiguous(),
-    "nhwc": lambda t, i: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
-    "sliced nchw": lambda t, i: _sliced(t, torch.contiguous_format),
-    "sliced nhwc": lambda t, i: _sliced(t, torch.channels_last),
-    "x nhwc, others nchw": lambda t, i: t.contiguous(memory_format=torch.channels_last) if i == 0 else t.contiguous(),
-    "transposed": _transposed,
-    "expanded": lambda t, i: t[:1].expand_as(t) if i == 0 else t,
-}
-
-GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "as y": lambda g: g,
-    "nchw": lambda g: g.contiguous(),
-    "nhwc": lambda g: g.contiguous(memory_format=torch.channels_last) if g.ndim == 4 else g,
-    "expanded": lambda g: g.flatten()[:1].reshape([1] * g.ndim).expand_as(g),
-}
 
 CHECKS: dict[str, Callable[[OpCase], None]] = {
     "launches": check_launches,
