@@ -133,7 +133,7 @@ class _First(Function):
         launch.run(
             kernels.first, plan.grid, *_pointers(gz, ref, *small, gx, plan.sums, plan.maps),
             over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
-            *_numbers(over), num_warps=WARPS, FROM_Y=chain.from_y, **_flags("HAS", *small),
+            *_numbers(over), num_warps=WARPS, registers=plan.registers, FROM_Y=chain.from_y, **_flags("HAS", *small),
             WANT_X=want_x, **_flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
         # the second derivative does not meet gz where z is piecewise linear in x and everything else is a constant
@@ -173,7 +173,7 @@ class _Second(Function):
         launch.run(
             kernels.second, plan.grid, *_pointers(gz, ref, *small, hx, *given, ggz, gx, plan.sums, plan.maps),
             over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
-            *_numbers(over), num_warps=WARPS, FROM_Y=chain.from_y, **_flags("HAS", *small),
+            *_numbers(over), num_warps=WARPS, registers=plan.registers, FROM_Y=chain.from_y, **_flags("HAS", *small),
             GIVEN_X=hx is not None, **_flags("GIVEN", *given), WANT_Z=want_z, WANT_X=want_x,
             **_flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
@@ -197,6 +197,7 @@ class _Plan:
         by_channels = noise or channels_fastest(chain.shape, chain.strides)
         elements = elements // 2 if acc == torch.float64 else elements
         block_p, block_c = tile(over.channels, over.pixels, by_channels, elements)
+        self.registers = 255 if like.element_size() > 2 else None
         self.blocks = -(-over.channels // block_c)
         chunks = -(-over.pixels // block_p)
         self.tiles = tiles_per_program(over.samples * chunks * self.blocks) if planes else 1

@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hsrgan.kernels.launch import OPTIONS, Launch, check
+from hsrgan.kernels.launch import Launch, check
+from hsrgan.kernels.launch import options as launch_options
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _specialised(launch: Launch, target: Target) -> tuple[Any, dict, str, str]:
         **launch.constants,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        **OPTIONS,
+        **launch_options(launch.registers, amd=target.name.startswith("gfx")),
     )
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")
-OPTIONS = {
-    "enable_fp_fusion": True
-}  # of every compilation: a·b + c as one instruction; Triton 3.10 changes its default
+OPTIONS = {"enable_fp_fusion": True}  # of every compilation: a·b + c in one instruction; Triton 3.10 changes its default
 
 _requested = os.environ.get("HSRGAN_BACKEND") or None
 _recording: list["Launch"] | None = None
@@ -84,6 +82,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 @contextmanager
@@ -114,20 +113,33 @@ def _chip_of(device: torch.device) -> str:
 
 
 def run(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    registers: int | None = None,
+    **constants: Any,
 ) -> None:
     """Launch a Triton kernel on the device of its first tensor; an empty grid launches nothing.
 
-    arguments: all that is not constexpr, in the kernel's order; constants: the constexprs by name.
+    arguments: all that is not constexpr, in the kernel's order; constants: the constexprs by name. registers: what a
+    thread may take on NVIDIA, where ptxas otherwise aims lower by itself and now and then spills a pointer for that.
     """
     if 0 in grid:
         return
     if _recording is not None:
-        _recording.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages))
+        _recording.append(Launch(kernel, grid, arguments, constants, num_warps, num_stages, registers))
         return
     first = next(t for t in arguments if isinstance(t, Tensor))
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constants)
+        limit = options(registers, amd=torch.version.hip is not None)
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **limit, **constants)
+
+
+def options(registers: int | None, *, amd: bool) -> dict[str, Any]:
+    """What every compilation is told, and the limit of registers of this one."""
+    return OPTIONS if registers is None or amd else {**OPTIONS, "maxnreg": registers}
 
 
 def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:
