@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")
-OPTIONS = {"enable_fp_fusion": True}  # of every compilation: a·b + c in one instruction; Triton 3.10 changes its default
+OPTIONS = {"enable_fp_fusion": True}  # a·b + c in one instruction; Triton 3.10 changes the default
 
 _requested = os.environ.get("HSRGAN_BACKEND") or None
 _recording: list["Launch"] | None = None
