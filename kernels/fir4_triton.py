@@ -78,16 +78,16 @@ def _columns(row, height, width):
 
 
 @triton.jit
-def _tap(x, source, n, row, col, limit, chan_ok, bias, FRONT: tl.constexpr, OF_Y: tl.constexpr,
+def _tap(x_row, s_row, col, x_w, s_w, limit, chan_ok, bias, FRONT: tl.constexpr, OF_Y: tl.constexpr,
          ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """v at columns col of one row, and x·source where unclamped."""
+    """v at columns col of the rows pointed to, and x·source where unclamped."""
     ok = ((col >= 0) & (col < limit))[:, None] & chan_ok
-    v = _load(x, n, row, col, ok, ACC)
+    v = tl.load(x_row + (col * x_w)[:, None], mask=ok, other=0.0).to(ACC)
     product = v
     if FRONT == "activate":  # the FIR pads what the chain returns: zeros, whatever the bias
         v = tl.where(ok, pointwise(v + bias, ACT, SLOPE, GAIN, CLAMP), 0.0)
     elif FRONT == "slope":
-        s = _load(source, n, row, col, ok, ACC)
+        s = tl.load(s_row + (col * s_w)[:, None], mask=ok, other=0.0).to(ACC)
         product = _unclamped(v * s, s, CLAMP)
         v = _slope(v, s, bias, OF_Y, ACT, SLOPE, GAIN, CLAMP)
     return v, product
@@ -99,28 +99,36 @@ def _row(x, source, n, row, col, height, width, chan_ok, bias, weights, UP: tl.c
          GAIN: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """One input row, filtered along it for the even and the odd output columns; v at their centre taps, and products."""
     w0, w1, w2, w3 = weights
-    limit = _columns(row, height, width)
+    limit = tl.where((row >= 0) & (row < height), width, 0)
     row = row.to(tl.int64)
-    v0, q0 = _tap(x, source, n, row, col, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
-    v1, q1 = _tap(x, source, n, row, col + 1, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
-    v2, q2 = _tap(x, source, n, row, col + 2, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
-    a, b, product = v0, v1, q0 + q1
+    pointer, x_n, x_h, x_w, x_at = x
+    at = pointer + n * x_n + row * x_h + x_at
+    pointer, s_n, s_h, s_w, s_at = source
+    s = at
+    if FRONT == "slope":
+        s = pointer + n * s_n + row * s_h + s_at
+    v0, q0 = _tap(at, s, col, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
+    v1, q1 = _tap(at, s, col + 1, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
+    v2, q2 = _tap(at, s, col + 2, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
+    a, b, product = v0, v1, v0
     if UP == 2:
         even, odd = w0 * v0 + w2 * v1, w1 * v1 + w3 * v2
     else:
-        v3, q3 = _tap(x, source, n, row, col + 3, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
+        v3, q3 = _tap(at, s, col + 3, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
         even = w0 * v0 + w1 * v1 + w2 * v2 + w3 * v3
         odd = even
         if DOWN == 1:
-            v4, q4 = _tap(x, source, n, row, col + 4, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP,
-                          ACC)  # fmt: skip
+            v4, q4 = _tap(at, s, col + 4, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
             odd = w0 * v1 + w1 * v2 + w2 * v3 + w3 * v4
-            if CENTRE == 1:
-                a, b, product = v1, v2, q1 + q2
-            elif CENTRE == 2:
-                a, b, product = v2, v3, q2 + q3
-            elif CENTRE == 3:
-                a, b, product = v3, v4, q3 + q4
+            if FRONT == "slope":
+                if CENTRE == 0:
+                    product = q0 + q1
+                elif CENTRE == 1:
+                    a, b, product = v1, v2, q1 + q2
+                elif CENTRE == 2:
+                    a, b, product = v2, v3, q2 + q3
+                else:
+                    a, b, product = v3, v4, q3 + q4
     return even, odd, a, b, product
 
 
@@ -363,7 +371,7 @@ def _shape(y: Tensor, steps_y: int, steps_x: int, resampled: bool, plain: bool, 
     unroll = 2 if resampled or (values <= 4 and not heavy) else 1
     cols, channels = tile(c, steps_x, is_nhwc(y), 4 * 32 * values)
     rows = min(16, max(2, power_of_two(steps_y)))
-    while rows > 4 and n * -(-c // channels) * -(-steps_x // cols) * -(-steps_y // rows) < 2048:
+    while rows > 8 and n * -(-c // channels) * -(-steps_x // cols) * -(-steps_y // rows) < 2048:
         rows //= 2
     warps = min(4, max(1, cols * channels // (32 * values)))
     return {"ROWS": rows, "UNROLL": unroll, "COLS": cols, "CHANNELS": channels, "num_warps": warps}

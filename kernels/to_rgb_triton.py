@@ -88,7 +88,7 @@ def project(
     X, V, BIAS, IMAGE, F, MASK, Y, channels, pixels, width, chunks, image_h, image_w,
     x_n, x_c, x_h, x_w, y_n, y_c, y_w, i_n, i_c, i_h, i_w,
     OUTPUTS: tl.constexpr, CLAMP: tl.constexpr, UP: tl.constexpr, GIVEN_MASK: tl.constexpr, SPLIT: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """PIXELS pixels of y, all outputs. MASK is written, or GIVEN: y is zero where its bits are set."""
     n = (tl.program_id(0) // chunks).to(tl.int64)
@@ -98,8 +98,8 @@ def project(
     v = V + n * channels * OUTPUTS
     t0 = tl.zeros([PIXELS, CHANNELS], ACC)
     t1, t2, t3 = t0, t0, t0
-    for start in range(0, channels, CHANNELS):
-        ch = start + tl.arange(0, CHANNELS)
+    for block in range(BLOCKS):
+        ch = block * CHANNELS + tl.arange(0, CHANNELS)
         ch_ok = ch < channels
         x = tl.load(x_row + (ch.to(tl.int64) * x_c)[None, :], mask=ok[:, None] & ch_ok[None, :], other=0.0).to(ACC)
         t0 += project_tile(x, v, ch, ch_ok, ACC)
@@ -134,16 +134,17 @@ def _incoming(GY, n, o: tl.constexpr, p, ok, hidden, width, g_n, g_c, g_h, g_w, 
 
 @triton.jit
 def gradient(
-    GY, X, V, MASK, GX, GV, GBIAS, channels, pixels, width, chunks, tiles,
+    GY, X, V, MASK, GX, GV, GBIAS, channels, pixels, width, chunks,
     g_n, g_c, g_h, g_w, x_n, x_c, x_h, x_w, d_n, d_c, d_w,
-    OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
+    OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` tiles of gx, and their sums: GV [N, chunks, OUTPUTS, C], GBIAS [N, chunks, OUTPUTS]; None: not wanted."""
+    """TILES tiles of gx, and their sums: GV [N, chunks, OUTPUTS, C], GBIAS [N, chunks, OUTPUTS]; None: not wanted."""
     blocks = tl.cdiv(channels, CHANNELS)
     block = tl.program_id(0) % blocks
     chunk = tl.program_id(0) // blocks
     n = (chunk // chunks).to(tl.int64)
-    first = (chunk % chunks) * tiles * PIXELS
+    first = (chunk % chunks) * TILES * PIXELS
     ch = block * CHANNELS + tl.arange(0, CHANNELS)
     ch_ok = ch < channels
     wide = ch.to(tl.int64)
@@ -154,7 +155,7 @@ def gradient(
     s1, s2, s3 = s0, s0, s0
     b0 = tl.zeros([PIXELS], ACC)
     b1, b2, b3 = b0, b0, b0
-    for k in range(tiles):
+    for k in range(TILES):
         p = first + k * PIXELS + tl.arange(0, PIXELS)
         ok = p < pixels
         both = ok[:, None] & ch_ok[None, :]
@@ -306,7 +307,7 @@ def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
         mask, y, c, h * w, w, chunks, *image_numbers[:2],
         *x.stride(), y.stride(0), y.stride(1), y.stride(3), *image_numbers[2:],
         OUTPUTS=outputs, CLAMP=clamp, UP=f is not None, GIVEN_MASK=given_mask, SPLIT=not _flat(x),
-        PIXELS=pixels, CHANNELS=channels, ACC=accumulator(x),
+        PIXELS=pixels, CHANNELS=channels, BLOCKS=-(-c // channels), ACC=accumulator(x),
     )  # fmt: skip
     return y
 
@@ -324,8 +325,9 @@ def _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias) -> tuple[Tensor 
     strides = (0, 0, 0) if gx is None else (gx.stride(0), gx.stride(1), gx.stride(3))
     launch.run(
         gradient, (n * chunks * blocks,),
-        gy, x, v.contiguous(), mask, gx, gv, gbias, c, h * w, w, chunks, tiles,
+        gy, x, v.contiguous(), mask, gx, gv, gbias, c, h * w, w, chunks,
         *gy.stride(), *x.stride(), *strides,
-        OUTPUTS=outputs, SPLIT=not _flat(x), PIXELS=pixels, CHANNELS=channels, ACC=accumulator(x),
+        OUTPUTS=outputs, SPLIT=not _flat(x), PIXELS=pixels, CHANNELS=channels, TILES=tiles,
+        ACC=accumulator(x),
     )  # fmt: skip
     return gx, None if gv is None else gv.sum(1), None if gbias is None else gbias.sum((0, 1))
