@@ -1,7 +1,7 @@
 """bias_act behind a blur and in front of one, in Triton: one pass forward, one for the gradients, one for theirs.
 
-F is the FIR, Fᵀ its transpose (a FIR again), m the slope of act(p)·gain with its clamp, constant where the activation is
-piecewise linear; u = 1 where unclamped. Sums are over pixels.
+F is the FIR, Fᵀ its transpose (a FIR again), m the slope of act(p)·gain with its clamp, constant where the activation
+is piecewise linear; u = 1 where unclamped. Sums are over pixels.
 
 fir_bias_act    y = clamp(act(demod·F(x) + noise·strength + bias)·gain)             saved: y, the next layer's input
     v = m·gy    gx = demod·Fᵀ(v)    P = Σ v    Q = Σ gy·y·u    R = Σ v·noise        one pass over gy and y
