@@ -7,6 +7,8 @@ fir_bias_act    y = clamp(act(demod·F(x) + noise·strength + bias)·gain)      
     v = m·gy    gx = demod·Fᵀ(v)    P = Σ v    Q = Σ gy·y·u    R = Σ v·noise        one pass over gy and y
     gbias = Σ_n P    gstrength = Σ_nc R    gdemod = Σ v·F(x) = (Q − strength·R − bias·P) / demod
   The last line spares F(x), which was never written: where v is not 0, m·(demod·F(x) + noise·strength + bias) is y.
+  It costs no pass and keeps no x, but y is rounded: in half precision gdemod is off by about max(1, |noise·strength +
+  bias| / |demod·F(x)|) times what PyTorch's is, close to 1 where demod·F(x) has unit variance, as behind G's layers.
   Of hx, hP, hQ, hR, cotangents of those, with the graph of y going on where y came from:
     ggy = m·(demod·F(hx) + hP + noise·hR) + y·u·hQ    gy' = gy·u·hQ    gdemod' = Σ v·F(hx)      one pass over hx, y, gy
 
