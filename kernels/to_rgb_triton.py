@@ -217,18 +217,19 @@ class _ToRGB(Function):
             mask = torch.empty(n, h, w, dtype=torch.uint8, device=x.device)
         up = image is not None and image.shape[2:] != x.shape[2:]
         y = _launch_project(x, v, bias, image, f if up else None, clamp, mask, False)
-        ctx.save_for_backward(x, v, mask, f)
+        ctx.save_for_backward(x, v, mask, f, bias)
         ctx.nhwc = None if image is None else is_nhwc(image)
         ctx.up = up
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        x, v, mask, f = ctx.saved_tensors
+        x, v, mask, f, bias = ctx.saved_tensors
         want_x, want_v, want_bias, want_image, *_ = launch.wanted(ctx)
         gx = gv = gbias = gimage = None
         if want_x or want_v or want_bias:
-            gx, gv, gbias = _Gradient.apply(gy, x, v, mask, want_x, want_v, want_bias)
+            clamped = None if mask is None else bias
+            gx, gv, gbias = _Gradient.apply(gy, x, v, mask, want_x, want_v, want_bias, clamped)
         if want_image:
             # the transpose of upsampling: padding [1, 1], mirrored taps, gain 4 still
             gimage = gy
@@ -238,11 +239,15 @@ class _ToRGB(Function):
 
 
 class _Gradient(Function):
-    """gy, x, v → gx, gv, gbias, as far as wanted, of gy where mask does not hide it."""
+    """gy, x, v → gx, gv, gbias, as far as wanted, of gy where mask does not hide it.
+
+    bias, where it moves the clamp: its gradient is zero, not missing, as in PyTorch (an optimiser tells them apart).
+    """
 
     @staticmethod
-    def forward(ctx, gy, x, v, mask, want_x, want_v, want_bias):
+    def forward(ctx, gy, x, v, mask, want_x, want_v, want_bias, bias=None):
         ctx.save_for_backward(gy, x, v, mask)
+        ctx.bias = None if bias is None else bias.shape
         ctx.set_materialize_grads(False)
         return _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias)
 
@@ -260,7 +265,8 @@ class _Gradient(Function):
             gx, _, _ = _Gradient.apply(gy, x, hv, mask, True, False, False)
         if want_v and hx is not None:
             _, gv, _ = _Gradient.apply(gy, hx, v, mask, False, True, False)
-        return ggy, gx, gv, *[None] * 4
+        gbias = x.new_zeros(ctx.bias, dtype=v.dtype) if ctx.bias is not None and ctx.needs_input_grad[7] else None
+        return ggy, gx, gv, *[None] * 4, gbias
 
 
 class _Project(Function):

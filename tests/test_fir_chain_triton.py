@@ -33,7 +33,7 @@ def normal(*shape):
 
 
 def behind(pad=1, names=("bias", "demod", "noise", "strength"), **options):
-    """fir_bias_act on x and the named operands. As in use demod is positive, and bias and noise add less than it gives."""
+    """fir_bias_act on x and named operands. As in use demod is positive, and bias and noise add less than it gives."""
 
     def make(n, c, h, w):
         size = (h + 2 * pad - 3, w + 2 * pad - 3)
