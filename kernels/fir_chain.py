@@ -4,7 +4,8 @@
     bias_act_fir(x) = upfirdn2d(bias_act(x))        between D's convolutions: bias, lrelu, clamp, then the blur
 
 The torch backend runs the two ops one after the other, and so does Triton wherever its kernel does not reach: other
-filters than 4 separable taps, resampling, smooth activations, a negative gain, a next style, noise that wants a gradient.
+filters than 4 separable taps, resampling, smooth activations, a negative gain, a next style, noise that wants a
+gradient.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import DEFAULT_GAIN, SLOPE, bias_act, bias_act_torch, check_bias_act
-from hsrgan.kernels.upfirdn2d import Pair, check_filter, output_shape, pair, paddings, upfirdn2d, upfirdn2d_torch
+from hsrgan.kernels.upfirdn2d import Pair, check_filter, output_shape, paddings, pair, upfirdn2d, upfirdn2d_torch
 
 
 def fir_bias_act_torch(

@@ -1,12 +1,14 @@
 """bias_act behind a blur and in front of one, in Triton: one pass forward, one for the gradients, one for theirs.
 
-F is the FIR, Fᵀ its transpose (a FIR again), m the slope of act(p)·gain with its clamp, constant where the activation is
-piecewise linear; u = 1 where unclamped. Sums are over pixels.
+F is the FIR, Fᵀ its transpose (a FIR again), m the slope of act(p)·gain with its clamp, constant where the activation
+is piecewise linear; u = 1 where unclamped. Sums are over pixels.
 
 fir_bias_act    y = clamp(act(demod·F(x) + noise·strength + bias)·gain)             saved: y, the next layer's input
     v = m·gy    gx = demod·Fᵀ(v)    P = Σ v    Q = Σ gy·y·u    R = Σ v·noise        one pass over gy and y
     gbias = Σ_n P    gstrength = Σ_nc R    gdemod = Σ v·F(x) = (Q − strength·R − bias·P) / demod
   The last line spares F(x), which was never written: where v is not 0, m·(demod·F(x) + noise·strength + bias) is y.
+  It costs no pass and keeps no x, but y is rounded: in half precision gdemod is off by about max(1, |noise·strength +
+  bias| / |demod·F(x)|) times what PyTorch's is, close to 1 where demod·F(x) has unit variance, as behind G's layers.
   Of hx, hP, hQ, hR, cotangents of those, with the graph of y going on where y came from:
     ggy = m·(demod·F(hx) + hP + noise·hR) + y·u·hQ    gy' = gy·u·hQ    gdemod' = Σ v·F(hx)      one pass over hx, y, gy
 

@@ -1,7 +1,7 @@
 """to_rgb in Triton: x is read once, forward, and once for all its gradients.
 
-    v[n,o,c] = w[o,c]·style[n,c]                                     a small product of PyTorch's: autograd does the rest
-    t[n,o,p] = Σ_c x[n,c,p]·v[n,o,c]                                 project
+    v[n,o,c] = w[o,c]·style[n,c]            a small product of PyTorch's: its autograd does the rest
+    t[n,o,p] = Σ_c x[n,c,p]·v[n,o,c]
     y = upsample(image) + clamp(t + bias)
     gx = Σ_o g·v      gv = Σ_p g·x      gbias = Σ_np g               one pass; g = gy where unclamped
     gimage = the transpose of upsample, an upfirdn2d
@@ -9,8 +9,8 @@
 t is linear in x and in v: every derivative is one of the lines above, so that any order holds. What was clamped is kept
 as a bit for each output, one byte a pixel.
 
-Bytes per pixel with C channels of b bytes and 3 outputs: forward C·b + 12 (+ 3 for the smaller image, + 1 with a clamp),
-gradients 2·C·b + 12 (+ 1).
+Bytes per pixel with C channels of b bytes and 3 outputs: forward C·b + 12 (+ 3 for the smaller image, + 1 with a
+clamp), gradients 2·C·b + 12 (+ 1). Unfused the forward pass moves 3·C·b + 70.
 """
 
 import torch
@@ -54,8 +54,8 @@ def _upsampled(IMAGE, F, i, j, height, width, i_h, i_w, ok, ACC: tl.constexpr):
 
 
 @triton.jit
-def _finish(total, o: tl.constexpr, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h, i_w,
-            bits, CLAMP: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _finish(total, o: tl.constexpr, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h,
+            i_w, bits, CLAMP: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Bias, clamp and image for output o, stored; the bits so far, with o's."""
     if BIAS is not None:
         total += tl.load(BIAS + o).to(ACC)
@@ -88,7 +88,7 @@ def project(
     X, V, BIAS, IMAGE, F, MASK, Y, channels, pixels, width, chunks, image_h, image_w,
     x_n, x_c, x_h, x_w, y_n, y_c, y_w, i_n, i_c, i_h, i_w,
     OUTPUTS: tl.constexpr, CLAMP: tl.constexpr, UP: tl.constexpr, GIVEN_MASK: tl.constexpr, SPLIT: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """PIXELS pixels of y, all outputs. MASK is written, or GIVEN: y is zero where its bits are set."""
     n = (tl.program_id(0) // chunks).to(tl.int64)
@@ -98,8 +98,8 @@ def project(
     v = V + n * channels * OUTPUTS
     t0 = tl.zeros([PIXELS, CHANNELS], ACC)
     t1, t2, t3 = t0, t0, t0
-    for start in range(0, channels, CHANNELS):
-        ch = start + tl.arange(0, CHANNELS)
+    for block in range(BLOCKS):
+        ch = block * CHANNELS + tl.arange(0, CHANNELS)
         ch_ok = ch < channels
         x = tl.load(x_row + (ch.to(tl.int64) * x_c)[None, :], mask=ok[:, None] & ch_ok[None, :], other=0.0).to(ACC)
         t0 += project_tile(x, v, ch, ch_ok, ACC)
@@ -117,11 +117,10 @@ def project(
         total = tl.sum(t0 if o == 0 else t1 if o == 1 else t2 if o == 2 else t3, 1)
         if GIVEN_MASK:
             total = tl.where((hidden >> o) & 1 == 1, 0.0, total)
-        bits = _finish(total, o, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h, i_w,
-                       bits, CLAMP, UP, ACC)  # fmt: skip
-    if MASK is not None:
-        if not GIVEN_MASK:
-            tl.store(MASK + n * pixels + p, bits.to(tl.uint8), mask=ok)
+        bits = _finish(total, o, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h,
+                       i_w, bits, CLAMP, UP, ACC)  # fmt: skip
+    if MASK is not None and not GIVEN_MASK:
+        tl.store(MASK + n * pixels + p, bits.to(tl.uint8), mask=ok)
 
 
 @triton.jit
@@ -134,16 +133,17 @@ def _incoming(GY, n, o: tl.constexpr, p, ok, hidden, width, g_n, g_c, g_h, g_w, 
 
 @triton.jit
 def gradient(
-    GY, X, V, MASK, GX, GV, GBIAS, channels, pixels, width, chunks, tiles,
+    GY, X, V, MASK, GX, GV, GBIAS, channels, pixels, width, chunks,
     g_n, g_c, g_h, g_w, x_n, x_c, x_h, x_w, d_n, d_c, d_w,
-    OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr,
+    OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` tiles of gx, and their sums: GV [N, chunks, OUTPUTS, C], GBIAS [N, chunks, OUTPUTS]; None: not wanted."""
+    """TILES tiles of gx, and their sums: GV [N, chunks, OUTPUTS, C], GBIAS [N, chunks, OUTPUTS]; None: not wanted."""
     blocks = tl.cdiv(channels, CHANNELS)
     block = tl.program_id(0) % blocks
     chunk = tl.program_id(0) // blocks
     n = (chunk // chunks).to(tl.int64)
-    first = (chunk % chunks) * tiles * PIXELS
+    first = (chunk % chunks) * TILES * PIXELS
     ch = block * CHANNELS + tl.arange(0, CHANNELS)
     ch_ok = ch < channels
     wide = ch.to(tl.int64)
@@ -154,7 +154,7 @@ def gradient(
     s1, s2, s3 = s0, s0, s0
     b0 = tl.zeros([PIXELS], ACC)
     b1, b2, b3 = b0, b0, b0
-    for k in range(tiles):
+    for k in range(TILES):
         p = first + k * PIXELS + tl.arange(0, PIXELS)
         ok = p < pixels
         both = ok[:, None] & ch_ok[None, :]
@@ -217,18 +217,19 @@ class _ToRGB(Function):
             mask = torch.empty(n, h, w, dtype=torch.uint8, device=x.device)
         up = image is not None and image.shape[2:] != x.shape[2:]
         y = _launch_project(x, v, bias, image, f if up else None, clamp, mask, False)
-        ctx.save_for_backward(x, v, mask, f)
+        ctx.save_for_backward(x, v, mask, f, bias)
         ctx.nhwc = None if image is None else is_nhwc(image)
         ctx.up = up
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        x, v, mask, f = ctx.saved_tensors
+        x, v, mask, f, bias = ctx.saved_tensors
         want_x, want_v, want_bias, want_image, *_ = launch.wanted(ctx)
         gx = gv = gbias = gimage = None
         if want_x or want_v or want_bias:
-            gx, gv, gbias = _Gradient.apply(gy, x, v, mask, want_x, want_v, want_bias)
+            clamped = None if mask is None else bias
+            gx, gv, gbias = _Gradient.apply(gy, x, v, mask, want_x, want_v, want_bias, clamped)
         if want_image:
             # the transpose of upsampling: padding [1, 1], mirrored taps, gain 4 still
             gimage = gy
@@ -238,11 +239,15 @@ class _ToRGB(Function):
 
 
 class _Gradient(Function):
-    """gy, x, v → gx, gv, gbias, as far as wanted, of gy where mask does not hide it."""
+    """gy, x, v → gx, gv, gbias, as far as wanted, of gy where mask does not hide it.
+
+    bias, where it moves the clamp: its gradient is zero, not missing, as in PyTorch (an optimiser tells them apart).
+    """
 
     @staticmethod
-    def forward(ctx, gy, x, v, mask, want_x, want_v, want_bias):
+    def forward(ctx, gy, x, v, mask, want_x, want_v, want_bias, bias=None):
         ctx.save_for_backward(gy, x, v, mask)
+        ctx.bias = None if bias is None else bias.shape
         ctx.set_materialize_grads(False)
         return _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias)
 
@@ -260,7 +265,8 @@ class _Gradient(Function):
             gx, _, _ = _Gradient.apply(gy, x, hv, mask, True, False, False)
         if want_v and hx is not None:
             _, gv, _ = _Gradient.apply(gy, hx, v, mask, False, True, False)
-        return ggy, gx, gv, *[None] * 4
+        gbias = x.new_zeros(ctx.bias, dtype=v.dtype) if ctx.bias is not None and ctx.needs_input_grad[7] else None
+        return ggy, gx, gv, *[None] * 4, gbias
 
 
 class _Project(Function):
@@ -306,7 +312,7 @@ def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
         mask, y, c, h * w, w, chunks, *image_numbers[:2],
         *x.stride(), y.stride(0), y.stride(1), y.stride(3), *image_numbers[2:],
         OUTPUTS=outputs, CLAMP=clamp, UP=f is not None, GIVEN_MASK=given_mask, SPLIT=not _flat(x),
-        PIXELS=pixels, CHANNELS=channels, ACC=accumulator(x),
+        PIXELS=pixels, CHANNELS=channels, BLOCKS=-(-c // channels), ACC=accumulator(x),
     )  # fmt: skip
     return y
 
@@ -324,8 +330,9 @@ def _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias) -> tuple[Tensor 
     strides = (0, 0, 0) if gx is None else (gx.stride(0), gx.stride(1), gx.stride(3))
     launch.run(
         gradient, (n * chunks * blocks,),
-        gy, x, v.contiguous(), mask, gx, gv, gbias, c, h * w, w, chunks, tiles,
+        gy, x, v.contiguous(), mask, gx, gv, gbias, c, h * w, w, chunks,
         *gy.stride(), *x.stride(), *strides,
-        OUTPUTS=outputs, SPLIT=not _flat(x), PIXELS=pixels, CHANNELS=channels, ACC=accumulator(x),
+        OUTPUTS=outputs, SPLIT=not _flat(x), PIXELS=pixels, CHANNELS=channels, TILES=tiles,
+        ACC=accumulator(x),
     )  # fmt: skip
     return gx, None if gv is None else gv.sum(1), None if gbias is None else gbias.sum((0, 1))

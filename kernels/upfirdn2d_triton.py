@@ -32,11 +32,11 @@ def general(
     """One tile of ROWS × COLS pixels × CHANNELS. F is [TAPS_Y, TAPS_X], or SEPARABLE: [TAPS_Y] for both axes."""
     program = tl.program_id(0)
     groups = tl.cdiv(channels, CHANNELS)
-    at = program // groups
-    n = (at // blocks // strips).to(tl.int64)
+    spot = program // groups
+    n = (spot // blocks // strips).to(tl.int64)
     pixel = tl.arange(0, ROWS * COLS)
-    i = ((at // blocks) % strips) * ROWS + pixel // COLS
-    j = (at % blocks) * COLS + pixel % COLS
+    i = ((spot // blocks) % strips) * ROWS + pixel // COLS
+    j = (spot % blocks) * COLS + pixel % COLS
     ch = (program % groups).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     ch_ok = (ch < channels)[None, :]
     # the first tap that meets a sample (% may be negative: added once more), and that sample
@@ -59,8 +59,8 @@ def general(
                 weight = tl.load(F + f_row, mask=ok, other=0.0).to(ACC) * tl.load(F + f_col, mask=ok, other=0.0).to(ACC)
             else:
                 weight = tl.load(F + f_row + f_col, mask=ok, other=0.0).to(ACC)
-            v = tl.load((row_at + (col + b).to(tl.int64) * x_w)[:, None] + channel_at, mask=ok[:, None] & ch_ok, other=0.0)
-            total += weight[:, None] * v.to(ACC)
+            at = (row_at + (col + b).to(tl.int64) * x_w)[:, None] + channel_at
+            total += weight[:, None] * tl.load(at, mask=ok[:, None] & ch_ok, other=0.0).to(ACC)
     out = Y + n * y_n + i.to(tl.int64) * y_h + j.to(tl.int64) * y_w
     ok = ((i < out_height) & (j < out_width))[:, None] & ch_ok
     tl.store(out[:, None] + (ch * y_c)[None, :], (total * FIR_GAIN).to(Y.dtype.element_ty), mask=ok)
@@ -91,7 +91,7 @@ def has_fast_path(f: Tensor, up: Pair, down: Pair) -> bool:
 
 
 class UpFirDn(Function):
-    """x, f → upfirdn2d(x), channels_last if nhwc. Differentiable any number of times in x: its gradient is an upfirdn2d again."""
+    """x, f → upfirdn2d(x), channels_last if nhwc. Differentiable any number of times in x: the gradient is one too."""
 
     @staticmethod
     def forward(ctx, x, f, up, down, sides, flip, gain, nhwc):

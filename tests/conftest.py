@@ -3,3 +3,7 @@
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import quick_interpreter
+
+quick_interpreter.install()
