@@ -110,7 +110,7 @@ class DiscriminatorBlock(nn.Module):
             if self.pyramid:
                 img = downsample2d(img, self.taps)
         residual = None if self.skip is None else self.skip(x)
-        return self.conv1(self.conv0(x), residual=residual), img
+        return self.conv1(self.conv0(x, blurs=True), residual=residual, blurred=True), img
 
 
 class DiscriminatorEpilogue(nn.Module):

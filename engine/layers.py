@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsrgan.kernels import bias_act, conv2d, modulated_conv2d, to_rgb
+from hsrgan.kernels import bias_act, bias_act_fir, blur_padding, conv2d, modulated_conv2d, to_rgb
 
 # [1, 3, 3, 1] / 8: the resampling filter of every published StyleGAN2. Its outer square is what state dicts hold.
 TAPS = (0.125, 0.375, 0.375, 0.125)
@@ -93,13 +93,22 @@ class Conv(nn.Module):
         self.weight_gain = self.act_gain / math.sqrt(in_channels * kernel_size**2)
         self.clamp = None if clamp is None else clamp * gain
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`residual` [N, out, h', w'] is added last, after the clamp."""
-        resampled = self.up > 1 or self.down > 1
-        x = conv2d(x, self.weight * self.weight_gain, up=self.up, down=self.down, f=self.taps if resampled else None)
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, blurs: bool = False, blurred: bool = False
+    ) -> Tensor:
+        """`residual` [N, out, h', w'] is added last, after the clamp.
+
+        blurs: the result is blurred for a 3×3 layer with down=2 that follows and is told that its x is `blurred`.
+        """
+        f = self.taps if self.up > 1 or self.down > 1 else None
+        x = conv2d(x, self.weight * self.weight_gain, up=self.up, down=self.down, f=f, blurred=blurred)
         if self.bias is None:
             return x
-        return bias_act(x, self.bias * self.act_gain, act="lrelu", gain=1, clamp=self.clamp, residual=residual)
+        bias = self.bias * self.act_gain
+        if blurs:
+            padding = blur_padding(self.taps)
+            return bias_act_fir(x, self.taps, bias, act="lrelu", act_gain=1, clamp=self.clamp, padding=padding)
+        return bias_act(x, bias, act="lrelu", gain=1, clamp=self.clamp, residual=residual)
 
 
 class SynthesisLayer(nn.Module):

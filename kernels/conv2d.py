@@ -120,27 +120,44 @@ def check_conv2d(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None
         launch.check(f is not None and f.ndim in (1, 2), "f, a 1-d or 2-d filter, is needed to resample")
 
 
-def conv2d(x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor | None = None) -> Tensor:
+def conv2d(
+    x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor | None = None, blurred: bool = False
+) -> Tensor:
     """Convolution that keeps the size, doubles it (up=2) or halves it (down=2); dtype and memory format of x.
 
     x [N, Cin, H, W]; weight [Cout, Cin, k, k], k odd (1 or 3 when resampling), cast to the dtype of x; f the resampling
-    filter, 2-d or 1-d separable, a constant. Differentiable any number of times in x and weight.
+    filter, 2-d or 1-d separable, a constant. blurred: x has been through the FIR of a 3×3 down=2 already, with
+    `blur_padding`. Differentiable any number of times in x and weight.
     """
     check_conv2d(x, weight, up, down, f)
     k = weight.shape[-1]
     if down == 2 and k == 1:
         x = downsample2d(x, f)
-    elif down == 2:
-        x = upfirdn2d(x, f, padding=_sides(f, down_padding, 1, 1))
+    elif down == 2 and not blurred:
+        x = upfirdn2d(x, f, padding=blur_padding(f))
     if up == 2 and k == 3:
-        x = _Convolution.apply(x, _like(weight.transpose(0, 1), x), 2, 0, True, [0, 0])
-        return upfirdn2d(x, f, padding=_sides(f, up_padding, -1, 0), gain=4)
+        return upfirdn2d(transposed_conv2d(x, weight), f, padding=transposed_padding(f), gain=4)
     if k == 1:
         x = _pointwise(x, weight.to(x.dtype))
     else:
         stride, padding = (2, 0) if down == 2 else (1, k // 2)
         x = _Convolution.apply(x, _like(weight, x), stride, padding, False, [0, 0])
     return upsample2d(x, f) if up == 2 else x
+
+
+def transposed_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """What conv2d(up=2) filters with f, `transposed_padding` and gain 4: [N, Cout, 2H + 1, 2W + 1]; weight 3×3."""
+    return _Convolution.apply(x, _like(weight.transpose(0, 1), x), 2, 0, True, [0, 0])
+
+
+def transposed_padding(f: Tensor) -> tuple[int, int, int, int]:
+    """Of the FIR behind `transposed_conv2d`: (1, 1, 1, 1) for 4 taps."""
+    return _sides(f, up_padding, -1, 0)
+
+
+def blur_padding(f: Tensor) -> tuple[int, int, int, int]:
+    """Of the FIR in front of a 3×3 convolution with down=2: (2, 2, 2, 2) for 4 taps."""
+    return _sides(f, down_padding, 1, 1)
 
 
 def _like(weight: Tensor, x: Tensor) -> Tensor:

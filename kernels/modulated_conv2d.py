@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import bias_act, bias_act_torch
-from hsrgan.kernels.conv2d import check_conv2d, conv2d, conv2d_torch
+from hsrgan.kernels.conv2d import check_conv2d, conv2d, conv2d_torch, transposed_conv2d, transposed_padding
+from hsrgan.kernels.fir_chain import fir_bias_act
 
 EPS = 1e-8
 
@@ -79,5 +80,11 @@ def modulated_conv2d(
     if demodulate and x.dtype == torch.float16:
         weight, style = normalize_for_half(weight, style)
     demod = demodulation(weight, style) if demodulate else None
-    x = conv2d(x * style.to(x.dtype)[:, :, None, None], weight, up=up, f=f)
+    x = x * style.to(x.dtype)[:, :, None, None]
+    if up == 2 and weight.shape[-1] == 3:
+        return fir_bias_act(
+            transposed_conv2d(x, weight), f, bias, padding=transposed_padding(f), gain=4, demod=demod, noise=noise,
+            strength=strength, act=act, act_gain=gain, clamp=clamp,
+        )  # fmt: skip
+    x = conv2d(x, weight, up=up, f=f)
     return bias_act(x, bias, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp)

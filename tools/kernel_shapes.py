@@ -91,17 +91,27 @@ def bias_act(n: int, c: int, r: int) -> Iterator[Call]:
 def upfirdn2d(n: int, c: int, r: int) -> Iterator[Call]:
     constants = ("f",)
     if r > 4:
-        up = {"x": (n, c, r + 1, r + 1), "f": (4, 4)}
+        up = {"x": (n, c, r + 1, r + 1), "f": (4,)}
         yield Call("G conv0, up", "upfirdn2d", up, {"padding": 1, "gain": 4.0}, constants=constants)
-        yield Call("G image, up", "upsample2d", {"x": (n, 3, r // 2, r // 2), "f": (4, 4)}, low=(), constants=constants)
-    yield Call("D conv1, blur", "upfirdn2d", {"x": (n, c, r, r), "f": (4, 4)}, {"padding": 2}, constants=constants)
-    yield Call("D skip, down", "downsample2d", {"x": (n, c, r, r), "f": (4, 4)}, constants=constants)
+        yield Call("G image, up", "upsample2d", {"x": (n, 3, r // 2, r // 2), "f": (4,)}, low=(), constants=constants)
+    yield Call("D conv1, blur", "upfirdn2d", {"x": (n, c, r, r), "f": (4,)}, {"padding": 2}, constants=constants)
+    yield Call("D skip, down", "downsample2d", {"x": (n, c, r, r), "f": (4,)}, constants=constants)
+
+
+def fir_chain(n: int, c: int, r: int) -> Iterator[Call]:
+    if r > 4:
+        behind = {"x": (n, c, r + 1, r + 1), "f": (4,), "bias": (c,), "demod": (n, c), "noise": (n, 1, r, r)}
+        behind["strength"] = (1,)
+        options = {"padding": 1, "gain": 4.0, "clamp": CLAMP}
+        yield Call("G conv0, FIR + layer", "fir_bias_act", behind, options, constants=("f", "noise"))
+    before = {"x": (n, c, r, r), "f": (4,), "bias": (c,)}
+    yield Call("D conv0 + blur", "bias_act_fir", before, {"padding": 2, "clamp": CLAMP}, constants=("f",))
 
 
 def to_rgb(n: int, c: int, r: int) -> Iterator[Call]:
     sizes = {"x": (n, c, r, r), "weight": (3, c, 1, 1), "style": (n, c), "bias": (3,)}
     if r > 4:
-        sizes |= {"image": (n, 3, r // 2, r // 2), "f": (4, 4)}
+        sizes |= {"image": (n, 3, r // 2, r // 2), "f": (4,)}
     yield Call("toRGB", "to_rgb", sizes, {"clamp": CLAMP}, constants=("f",), flops=2 * 3 * c * n * r * r)
 
 
@@ -123,7 +133,7 @@ def feature_match(n: int, c: int, r: int) -> Iterator[Call]:
         yield Call(f"HSR, {distance}", "feature_match", sizes, options, low, ("target",), order=1, flops=2 * n * pixels)
 
 
-OPS: list[Callable[[int, int, int], Iterator[Call]]] = [bias_act, upfirdn2d, to_rgb, feature_match]
+OPS: list[Callable[[int, int, int], Iterator[Call]]] = [bias_act, upfirdn2d, fir_chain, to_rgb, feature_match]
 
 
 def calls(models: dict[str, tuple[int, int]] = MODELS, batch: int = 8) -> list[Call]:
