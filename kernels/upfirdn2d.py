@@ -17,7 +17,7 @@ Pair = int | tuple[int, int] | list[int]
 
 def pair(value: Pair, name: str) -> tuple[int, int]:
     x, y = (value, value) if isinstance(value, int) else value
-    launch.check(1 <= x <= 4 and 1 <= y <= 4, f"{name} must lie in 1 … 4; got {value}")
+    launch.check(1 <= x <= 4 and 1 <= y <= 4, f"{name} must be 1 … 4; got {value}")
     return x, y
 
 

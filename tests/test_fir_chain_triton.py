@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 TAPS = torch.tensor([1.0, 2.0, 4.0, 3.0], dtype=torch.float64) / 10  # not symmetric: a mirrored tap shows
 SMALL = {
     "sizes": ((1, 1, 3, 4), (1, 7, 4, 3), (2, 3, 2, 9), (1, 65, 2, 2), (0, 3, 4, 5)),
-    "layout_sizes": ((2, 5, 3, 4),),
+    "layout_sizes": ((2, 5, 2, 3),),
     "precision_sizes": ((2, 16, 6, 5),),
     "gradcheck_size": (1, 2, 3, 4),
-    "slow_size": (1, 1, 2, 3),
+    "slow_size": (1, 1, 2, 2),
 }
 
 
@@ -66,16 +66,24 @@ def before(pad=2, bias=True, **options):
 
 BEHIND = behind(gain=1.5, clamp=0.75, act_gain=1.25, alpha=0.25)
 BEFORE = before(gain=1.5, clamp=0.75, act_gain=1.25, alpha=0.25)
-CASES = {"behind": BEHIND, "before": BEFORE}
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name != "precision"])
-@pytest.mark.parametrize("kind", CASES)
-def test_contract(kind, name):
-    check(CASES[kind], name)
+def test_contract_behind(name):
+    check(BEHIND, name)
 
 
-@pytest.mark.parametrize("one", [behind(gain=4.0, clamp=256.0), before(gain=1.5, clamp=256.0)], ids=CASES)
+BEFORE_CHECKS = ("bounds", "poison", "values", "gradients", "second", "order", "layouts", "gradgradcheck")
+
+
+@pytest.mark.parametrize("name", BEFORE_CHECKS)
+def test_contract_before(name):
+    check(BEFORE, name)
+
+
+@pytest.mark.parametrize(
+    "one", [behind(gain=4.0, clamp=256.0), before(gain=1.5, clamp=256.0)], ids=["behind", "before"]
+)
 def test_contract_on_precision(one):
     """With a clamp as it is in use: at 0.75 a value just below it may round to it, and then counts as clamped."""
     check(one, "precision")
@@ -157,8 +165,8 @@ def test_one_launch_forward_and_one_for_all_gradients():
     [
         ("f must be a 1-d or 2-d filter", kernels.fir_bias_act, {"f": TAPS[None, None]}),
         ("f must be on the device of x", kernels.bias_act_fir, {"f": torch.empty(4, device="meta")}),
-        ("up must lie in", kernels.fir_bias_act, {"up": 0}),
-        ("down must lie in", kernels.bias_act_fir, {"down": 5}),
+        ("up must be", kernels.fir_bias_act, {"up": 0}),
+        ("down must be", kernels.bias_act_fir, {"down": 5}),
         ("padding .* leaves an output", kernels.bias_act_fir, {"padding": -2}),
         ("bias must have shape \\[3\\]", kernels.bias_act_fir, {"bias": torch.zeros(4)}),
         ("noise must have shape", kernels.fir_bias_act, {"noise": torch.zeros(2, 1, 4, 4)}),
