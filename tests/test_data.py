@@ -261,6 +261,7 @@ TRAINING = """
 import signal, sys, torch
 from hsrgan.engine import data, shards
 signal.signal(signal.SIGTERM, lambda *_: None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 x = torch.randn(400, 400)
 (x @ x).relu().sum()
 stream = data.open_stream(shards.load_manifest(sys.argv[1]), seed=0, start=0, global_batch=16, workers=2)
@@ -299,7 +300,10 @@ def test_ctrl_c_is_one_keyboard_interrupt_and_leaves_nobody(manifest):
         assert len(workers) == 2
         for pid in [*workers, main.pid]:  # a terminal sends it to all of them
             os.kill(int(pid), signal.SIGINT)
-        errors = main.communicate(timeout=20)[1]
+        try:
+            errors = main.communicate(timeout=20)[1]
+        finally:
+            main.kill()  # or else a failure waits for it without end
     assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
 

@@ -239,7 +239,7 @@ def test_broken_data_and_teachers_get_one_line(workspace, reference, tmp_path):
 
     def garble(shard: Path) -> None:
         content = shard.read_bytes()
-        shard.write_bytes(content.replace(b"IDAT", b"XXXX"))
+        shard.write_bytes(content.replace(b"IDAT", b"____"))
 
     own = "data.builtin=null", "run_dir=broken"
     expect_error(workspace, *own, broken("missing", Path.unlink), naming="00000.tar is missing")
