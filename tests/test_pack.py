@@ -1,5 +1,6 @@
 """tools/pack.py: every kind of source, labels, bad images, and packing that is interrupted."""
 
+import functools
 import hashlib
 import io
 import itertools
@@ -335,7 +336,9 @@ def test_interrupted_packing_leaves_nothing_that_looks_complete(many, tmp_path, 
     source, truth = many
     dest = tmp_path / "dst"
     command = [sys.executable, SCRIPT, source, dest, "--resolution", "256", "--shard-size", "10"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as packer:
+    # the tests may run in a shell's background, where SIGINT is ignored
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as packer:
         while not (dest / "00002.tar").exists():
             assert packer.poll() is None, packer.stderr.read()
             time.sleep(0.001)
