@@ -40,16 +40,17 @@ def centre(sides: Sides) -> int:
     return tap if min(x1, y1) >= 3 - tap else -1
 
 
-def _shape(y: Tensor, steps_y: int, steps_x: int, resampled: bool, plain: bool, heavy: bool) -> dict[str, int]:
+def _shape(y: Tensor, steps_y: int, steps_x: int, resampled: bool, plain: bool, source: bool) -> dict[str, int]:
     """ROWS, UNROLL, COLS, CHANNELS and num_warps, from what registers allow (sm_90 builds; not from measurements).
 
     A thread holds 16 bytes of a row where it reads one tensor and nothing is done at the taps (`plain`): blur 80
     registers in fp32, 120 in half precision. The others hold 4 values (8 bytes of half precision): 90 to 130. Rows are
-    unrolled by 2, so that more loads are under way, but for a blur in half precision and the `heavy` sums.
+    unrolled by 2, so that more loads are under way, but for a blur in half precision and what reads a `source`, which
+    spills 8 bytes on sm_100.
     """
     n, c = y.shape[:2]
     values = 16 // y.itemsize if plain else min(4, 16 // y.itemsize)
-    unroll = 2 if resampled or (values <= 4 and not heavy) else 1
+    unroll = 2 if resampled or (values <= 4 and not source) else 1
     cols, channels = tile(c, steps_x, is_nhwc(y), 4 * 32 * values)
     rows = min(16, max(2, power_of_two(steps_y)))
     while rows > 8 and n * -(-c // channels) * -(-steps_x // cols) * -(-steps_y // rows) < 2048:
@@ -99,8 +100,8 @@ def launch_fir4(
     else:
         skip_x, skip_y, lead_x, lead_y = 0, 0, x0, y0
         steps_x, steps_y = (out_w if down == 2 else (out_w + 1) // 2), out_h
-    plain, heavy = front == "none" and back in ("none", "activate"), len(sums) > 1 or back == "tangent"
-    shape = _shape(y, steps_y, steps_x, max(up, down) > 1, plain, heavy)
+    plain = front == "none" and back in ("none", "activate")
+    shape = _shape(y, steps_y, steps_x, max(up, down) > 1, plain, source is not None)
     strips, blocks = -(-steps_y // shape["ROWS"]), -(-steps_x // shape["COLS"])
     planes = len(sums)
     partial = None
