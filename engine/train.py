@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -26,15 +25,13 @@ from hsrgan.engine.ema import ema_beta, update_ema
 from hsrgan.engine.errors import user_errors
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
+from hsrgan.engine.outputs import PICTURES, Outputs
 from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
 from hsrgan.engine.shards import Manifest, load_manifest
-from hsrgan.engine.snapshot import save_snapshot
 from hsrgan.engine.stats import Meter, RunLog
 from hsrgan.engine.teacher import load_teacher
 
 HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-PICTURES = 64  # images in a grid
-GRID_STREAM = 4  # the draws of the grid's latents; 0–3 are the phases'
 
 
 def train(recipe_path: Path, overrides: list[str]) -> None:
@@ -188,45 +185,6 @@ def _training(
         meter=Meter(world.device),
         pl_mean=torch.zeros((), device=world.device),
     )
-
-
-@dataclass
-class Outputs:
-    """What a run leaves behind: sample grids, snapshots for everybody else, checkpoints for itself."""
-
-    t: Training
-    manifest: Manifest
-    g_ema: Generator
-
-    def pictures(self) -> torch.Tensor:
-        """Samples of the averaged G from the run's fixed latents, [PICTURES, C, R, R] in [−1, 1]."""
-        latents = self.t.draws.latents(GRID_STREAM, range(PICTURES), self.g_ema.z_dim)
-        with torch.no_grad():
-            return torch.cat(
-                [
-                    self.g_ema(z, c, noise_mode="const")
-                    for z, c in zip(
-                        latents.z.split(self.t.recipe.batch), latents.c.split(self.t.recipe.batch), strict=True
-                    )
-                ]
-            ).cpu()
-
-    def snapshot(self, images: int) -> None:
-        if self.t.world.first:
-            manifest = self.manifest
-            facts = {"resolution": manifest.resolution, "class_names": manifest.class_names, "sha256": manifest.sha256}
-            path = self.snapshot_path(images)
-            path.parent.mkdir(exist_ok=True)
-            save_snapshot(path, self.g_ema, recipe_json=self.t.recipe.to_json(), kimg=images / 1000, dataset=facts)
-
-    def snapshot_path(self, images: int) -> Path:
-        return Path(self.t.recipe.run_dir) / "snapshots" / f"{images:09d}.safetensors"
-
-    def checkpoint(self, images: int) -> None:
-        checkpoint.write_checkpoint(
-            self.t.recipe.run_dir, self.t.g, self.t.d, self.g_ema, images=images, pl_mean=self.t.pl_mean,
-            recipe=self.t.recipe.model_dump(mode="json"), keep=self.t.recipe.keep_checkpoints, rank=self.t.world.rank,
-        )  # fmt: skip
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

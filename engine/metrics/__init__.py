@@ -1,0 +1,1 @@
+"""Scores of a generator: FID and its kin, path length, attribute linearity."""
