@@ -182,7 +182,7 @@ def test_a_file_that_is_not_the_network_is_one_line_and_leaves_the_cache_alone(h
     write(read_pth(heads), heads)
     assert re.search(says, line(run("lpips", heads, "--own-weights")))
     said = line(run("lpips", heads))  # by size or sha256, before anything is read
-    assert re.search(r"has [\d,]+ bytes and heads\.pth [\d,]+: get heads\.pth from somebody again", said), said
+    assert re.search(r"has [\d,]+ bytes and heads\.pth [\d,]+: get heads\.pth again from somebody", said), said
     assert [p.read_bytes() for p in cache.iterdir()] == [before]
 
 

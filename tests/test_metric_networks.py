@@ -18,7 +18,7 @@ from hsrgan.engine.metrics import dinov2, resize, vgg16, weights
 from hsrgan.engine.metrics.extractor import load_extractor, load_lpips
 from hsrgan.engine.metrics.inception import InceptionV3
 from hsrgan.engine.metrics.perceptual import LPIPS
-from hsrgan.engine.teacher import load_teacher
+from hsrgan.engine.teacher import load_teacher, save_teacher
 from hsrgan.tools.fit_teacher import features as teacher_features
 
 DIGITS_TEACHER = "recipes/digits_teacher.safetensors"
@@ -378,6 +378,18 @@ def test_the_quickstarts_teacher_scores_the_quickstart():
     torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours(images.expand(-1, 3, -1, -1)), expected, rtol=1e-5, atol=1e-5)
     assert (ours.dim, ours.name, ours.protocol["resize"]) == (64, "teacher", "area")
+
+
+def test_a_convolutional_teacher_gives_the_mean_of_its_last_map(tmp_path):
+    file, statistics = tmp_path / "teacher.safetensors", {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    net = metric_fixtures.kaiming(timm.create_model("resnet10t", channels=(8, 16, 24, 32)))
+    save_teacher(file, net, model="resnet10t", kwargs={"channels": [8, 16, 24, 32]}, input_size=(32, 32),
+                 command="none", **statistics)  # fmt: skip
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in statistics.values())
+    images = metric_fixtures.crops(2, 64)
+    with torch.no_grad():
+        expected = net.eval().forward_features((F.avg_pool2d(images / 255, 2) - mean) / std).mean((2, 3))
+    torch.testing.assert_close(load_extractor(str(file))(images), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("spec", "says"), [

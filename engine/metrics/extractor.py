@@ -160,7 +160,8 @@ def _timm_extractor(spec: str) -> Extractor:
 
 def _teacher_extractor(path: Path) -> Extractor:
     net, size, mean, std = read_teacher_file(path)
-    maps = net.forward_intermediates(torch.zeros(1, len(mean), *size), intermediates_only=True)
+    with torch.no_grad():  # in eval mode, or batch norms would learn from this image
+        maps = net.eval().forward_intermediates(torch.zeros(1, len(mean), *size), intermediates_only=True)
     teacher = Teacher(net, {0: len(maps) - 1}, size, mean, std)
     prepare = Prepare("area", size[0], [127.5], [127.5])  # to [−1, 1]: a teacher resizes and normalises by itself
     return _probed("teacher", _LastMap(teacher), prepare, path, size[0])
