@@ -109,9 +109,6 @@ def test_inception_goes_through_the_tool_without_counters(cache, tmp_path):
     assert torch.equal(load_extractor("inception")(metric_fixtures.digits(1, 8)), expected)
 
 
-# ---- refusals
-
-
 class Hostile:
     """Unpickled, it leaves a file behind."""
 
