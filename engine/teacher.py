@@ -18,17 +18,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.tensor_files import misfit, one_line, read_pth, read_safetensors
 
 FORMAT = "hsrgan-teacher-1"
 # What the code released with HSR normalises with: CLIP's mean beside ImageNet's standard deviation.
 PARITY_MEAN, PARITY_STD = (0.48145466, 0.4578275, 0.40821073), (0.229, 0.224, 0.225)
-# Arguments of timm.create_model that make it read or fetch other files; none may come out of a teacher file.
-_FILE_KWARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+# Arguments of timm.create_model that make it read or fetch other files; none may come out of a file.
+FILE_KWARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+_ABSENT = "check hsr.teacher and hsr.weights, or make one with tools/fit_teacher.py"
 
 
 class Teacher(nn.Module):
@@ -125,22 +126,25 @@ def save_teacher(path: str | Path, net: nn.Module, *, model: str, kwargs: Mappin
     os.replace(aside, path)
 
 
-def create_timm(model: str, **kwargs: object) -> nn.Module:
-    """timm.create_model without weights; UserError when timm knows no such model or refuses the arguments."""
+def create_timm(model: str, role: str = "teacher", **kwargs: object) -> nn.Module:
+    """timm.create_model without weights; UserError when timm knows no such model or refuses the arguments.
+
+    role: what the model is to be, in the message.
+    """
     import timm  # here and below: kernels and trainer work without timm's dependencies
 
     if not timm.is_model(model):
         close = difflib.get_close_matches(model.split(".")[0], timm.list_models(), n=1)
         hint = f": did you mean {close[0]}?" if close else ""
-        raise UserError(f"teacher {model!r} is neither a timm model nor a .safetensors file{hint}")
+        raise UserError(f"{role} {model!r} is neither a timm model nor a .safetensors file{hint}")
     try:
         return timm.create_model(model, pretrained=False, **kwargs)
     except Exception as error:  # timm raises whatever its constructors do
-        raise UserError(f"timm cannot build teacher {model!r} with {kwargs}: {_one_line(error)}") from None
+        raise UserError(f"timm cannot build {role} {model!r} with {kwargs}: {one_line(error)}") from None
 
 
 def _from_teacher_file(path: Path) -> tuple[nn.Module, tuple[int, int], Sequence[float], Sequence[float]]:
-    state, metadata = _read_safetensors(path)
+    state, metadata = read_safetensors(path, "teacher file", _ABSENT)
     if metadata.get("format") != FORMAT:
         raise UserError(f"hsr.teacher {path} is no teacher file (its format is {metadata.get('format')!r}, not "
                         f"{FORMAT!r}): make one with tools/fit_teacher.py, or give a timm name with this file as "
@@ -149,9 +153,9 @@ def _from_teacher_file(path: Path) -> tuple[nn.Module, tuple[int, int], Sequence
         model, kwargs = metadata["model"], json.loads(metadata["kwargs"])
         size, mean, std = (json.loads(metadata[k]) for k in ("input_size", "mean", "std"))
     except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"hsr.teacher {path}: unreadable metadata ({_one_line(error)}): make the file again with "
+        raise UserError(f"hsr.teacher {path}: unreadable metadata ({one_line(error)}): make the file again with "
                         "tools/fit_teacher.py") from None
-    if refused := sorted(_FILE_KWARGS & kwargs.keys()):
+    if refused := sorted(FILE_KWARGS & kwargs.keys()):
         raise UserError(f"hsr.teacher {path}: its metadata passes {refused} to timm, which a teacher file must not")
     net = create_timm(model, **kwargs)
     _load_strictly(net, state, path, model, classifier=())
@@ -172,17 +176,20 @@ def _from_timm_name(name: str, weights: str | None
         try:
             net = timm.create_model(model, pretrained=True)
         except Exception as error:  # no weights published, no network, a damaged cache: many types, one meaning
-            raise UserError(f"hsr.teacher {model!r}: timm could not get its weights ({_one_line(error)}): set "
+            raise UserError(f"hsr.teacher {model!r}: timm could not get its weights ({one_line(error)}): set "
                             "hsr.weights to a file that holds them") from None
     else:
         path = Path(weights)
-        state = _read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_pth(path)
+        if path.suffix == ".safetensors":
+            state, _ = read_safetensors(path, "teacher file", _ABSENT)
+        else:
+            state = _read_pth(path)
         convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
         if convert is not None and state.keys() != net.state_dict().keys():
             try:
                 state = convert(state, net)  # timm's reading of the original authors' key names
             except Exception as error:
-                raise _wrong_architecture(path, model, _one_line(error)) from None
+                raise _wrong_architecture(path, model, one_line(error)) from None
         classifier = cfg.get("classifier") or ()
         _load_strictly(net, state, path, model, (classifier,) if isinstance(classifier, str) else tuple(classifier))
     size = (int(size_text),) * 2 if size_text else tuple(cfg["input_size"][1:])
@@ -190,7 +197,7 @@ def _from_timm_name(name: str, weights: str | None
         try:
             net.set_input_size(size)  # resamples the position table; convolutional nets need nothing
         except Exception as error:
-            raise UserError(f"hsr.teacher {name!r} cannot take images of {size_text} px: {_one_line(error)}") from None
+            raise UserError(f"hsr.teacher {name!r} cannot take images of {size_text} px: {one_line(error)}") from None
     return net, size, cfg["mean"], cfg["std"]
 
 
@@ -201,13 +208,8 @@ def _load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: Path, mode
         return {k: v for k, v in keys.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
 
     want, have = backbone(net.state_dict()), backbone(state)
-    if missing := [k for k in want if k not in have]:
-        raise _wrong_architecture(path, model, f"it lacks {len(missing)} of {len(want)} tensors, first {missing[0]}")
-    if extra := [k for k in have if k not in want]:
-        raise _wrong_architecture(path, model, f"{len(extra)} tensors are none of the model's, first {extra[0]}")
-    for k, v in want.items():
-        if v.shape != have[k].shape:
-            raise _wrong_architecture(path, model, f"{k} is {list(have[k].shape)} there and {list(v.shape)} here")
+    if detail := misfit(want, have):
+        raise _wrong_architecture(path, model, detail)
     net.load_state_dict(have, strict=False)  # compared above; what remains is the unused classifier
 
 
@@ -215,37 +217,11 @@ def _wrong_architecture(path: Path, model: str, detail: str) -> UserError:
     return UserError(f"teacher weights {path} are not of {model}: {detail}; give the timm name they belong to")
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _must_exist(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no iterator)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"teacher file {path} is damaged or no safetensors file ({_one_line(error)}): copy it or make "
-                        "it again") from None
-
-
 def _read_pth(path: Path) -> dict[str, Tensor]:
-    _must_exist(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged zip, or a pickle of something other than tensors
-        raise UserError(f"hsr.weights {path} cannot be read as plain tensors ({_one_line(error)}): save its state dict "
-                        "as .safetensors") from None
+    content = read_pth(path, "hsr.weights", _ABSENT)
     for key in ("state_dict", "model", "teacher"):  # training checkpoints wrap the weights
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
         raise UserError(f"hsr.weights {path} holds a {type(content).__name__}, not a state dict of tensors")
     return {k.removeprefix("module.").removeprefix("backbone."): v for k, v in content.items()}
-
-
-def _must_exist(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"teacher file {path} does not exist: check hsr.teacher and hsr.weights, or make one with "
-                        "tools/fit_teacher.py")
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else text[:199] + "…"
