@@ -55,7 +55,7 @@ def test_the_shipped_teacher_has_learnt_from_the_digits(tmp_path):
     net = copy.deepcopy(teacher.net)
     torch.manual_seed(0)
     net.load_state_dict(create_timm("vit_tiny_patch16_224", img_size=16, num_classes=0,
-                                    **fit_teacher._parse_args(fit_teacher.SMALL_VIT_ARGS)).state_dict())
+                                    **fit_teacher.parse_args(fit_teacher.SMALL_VIT_ARGS)).state_dict())
     untrained = Teacher(net, {16: 3}, (16, 16), (0.3056,) * 3, (0.3861,) * 3)
 
     images = fit_teacher.read_images(str(ensure_digits(tmp_path, 16, 1)), 16)
