@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from hsrgan.engine.aside import written_aside
 from hsrgan.engine.pictures import image_grid, save_png
 
 CAPTION = 16  # pixels above each strip
+LARGEST = 256  # pixels of a frame: eleven of 1024 would be no picture to look at
 _COLUMNS = 5
 
 
@@ -60,8 +62,8 @@ def extremes(scores: Tensor, count: int) -> tuple[list[int], list[int]]:
 
 
 def draw_strips(strips: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    """Save strips (a caption and its frames [T, C, R, R], uint8) to `path`, one below the other."""
-    rows = [image_grid(frames, cols=len(frames)).convert("RGB") for _, frames in strips]
+    """Save strips (a caption and its frames [T, C, R, R], uint8) to `path`, one below the other, at most LARGEST²."""
+    rows = [image_grid(_small(frames), cols=len(frames)).convert("RGB") for _, frames in strips]
     picture = Image.new("RGB", (rows[0].width, sum(row.height + CAPTION for row in rows)), "white")
     pen = ImageDraw.Draw(picture)
     y = 0
@@ -70,3 +72,10 @@ def draw_strips(strips: Sequence[tuple[str, Tensor]], path: Path) -> None:
         picture.paste(row, (0, y + CAPTION))
         y += row.height + CAPTION
     save_png(picture, path)
+
+
+def _small(frames: Tensor) -> Tensor:
+    side = frames.shape[-1]
+    if side <= LARGEST:
+        return frames
+    return F.avg_pool2d(frames.float(), side // LARGEST).round().to(torch.uint8)
