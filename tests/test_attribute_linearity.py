@@ -205,6 +205,24 @@ def test_samples_do_not_depend_on_batch_or_ranks():
         sequences.random_samples(model, judge, count=1, seed=0, batch=1)
 
 
+def test_what_is_classified_has_eight_bits():
+    x = sequences.quantised(torch.tensor([-3.0, -0.999, 0.1234, 1.2]))
+    torch.testing.assert_close(x, torch.tensor([0.0, 0, 143, 255]) / 127.5 - 1)  # ⌊127.5·x + 128⌋, clamped
+
+    class Recording(Bright):
+        def forward(self, x):
+            grey = (x + 1) * 127.5
+            assert (grey - grey.round()).abs().max() < 1e-3
+            return super().forward(x)
+
+    judge = classifier()
+    judge.net = Recording()
+    drawn = {"count": 1, "seed": 0, "batch": 11}
+    sequences.random_pairs(generator(), judge, **drawn)
+    sequences.attribute_edits(generator(), judge, torch.ones(1, 8), **drawn)
+    sequences.random_samples(generator(), judge, **drawn)
+
+
 def test_images_that_are_not_finite_are_one_line():
     model = generator()
     model.synthesis.b16.torgb.bias.fill_(math.nan)

@@ -59,10 +59,10 @@ def test_the_ten_digits_as_attributes(tmp_path, monkeypatch):
     colour = images.unit(slice(9)).expand(-1, 3, -1, -1) * 2 - 1
     torch.testing.assert_close(classifier(colour), logits[:9], rtol=1e-3, atol=1e-3)
 
-    some = classifier.restricted(["7", "1"])
-    torch.testing.assert_close(some(larger), classifier(larger)[:, [7, 1]])
-    assert some.names == ("7", "1") and some.balanced_accuracy == (accuracy[7], accuracy[1])
-    torch.testing.assert_close(some.restricted(["1"])(larger), classifier(larger)[:, [1]])
+    some = classifier.restricted(["7", "3"])
+    torch.testing.assert_close(some(larger), classifier(larger)[:, [7, 3]])
+    assert some.names == ("7", "3") and some.balanced_accuracy == (accuracy[7], accuracy[3])
+    torch.testing.assert_close(some.restricted(["3"])(larger), classifier(larger)[:, [3]])
     with safe_open("a.safetensors", "pt") as file:
         assert file.metadata()["source"].startswith("python tools/fit_attributes.py")
 

@@ -112,6 +112,12 @@ def test_neither_batch_nor_ranks_change_a_pair():
     assert in_fp32 == pytest.approx(path_length.path_length(whole), rel=1e-2)
 
 
+def test_all_batches_of_a_share_have_one_length():
+    assert list(positions.shares(7, 2, 1, 2)) == [([1, 3], 2), ([5, 5], 1)]
+    assert list(positions.shares(3, 8, 0, 1)) == [([0, 1, 2], 3)]
+    assert list(positions.shares(3, 8, 3, 4)) == []
+
+
 def test_progress_counts_every_pair():
     told = []
     distances(tiny(), progress=told.append)
