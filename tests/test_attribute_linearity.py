@@ -253,7 +253,7 @@ def test_two_models_from_end_to_end(measured, tmp_path):
         shared = linearity.attribute_linearity_score(logits, sigma)
         assert kinds[kind]["shared"]["attributes"]["top"]["als"] == pytest.approx(shared[1].item())
     along = linearity.attribute_linearity_score(found["b"].edits[:, 1], linearity.spread(found["b"].edits))
-    assert kinds["edits"]["own"]["attributes"]["top"]["along"] == pytest.approx(along[1].item())
+    assert kinds["edits"]["own"]["attributes"]["top"]["along"]["als"] == pytest.approx(along[1].item())
 
     files = als.write_als(tmp_path, report, found, models)
     assert [file.name for file in files] == ["als.json", "als_pairs.png", "als_edits.png", "als_strips_0.png",

@@ -28,7 +28,7 @@ def test_streams_seeds_and_positions_differ():
     values = draws.noise(0, range(64), 4096)
     assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
     uniform = draws.uniform(0, range(4000))
-    assert 0 <= uniform.min() and uniform.max() < 1 and uniform.unique().numel() == 4000
+    assert uniform.min() >= 0 and uniform.max() < 1 and uniform.unique().numel() == 4000
     assert abs(uniform.mean() - 0.5) < 0.02 and abs(uniform.var() - 1 / 12) < 0.005
 
 

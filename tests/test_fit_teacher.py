@@ -155,3 +155,10 @@ def test_no_images_or_too_few(folder, tmp_path):
     for data in (tmp_path / "empty", tmp_path / "gone"):
         code, output = run(data, "--out", tmp_path / "t.safetensors", *TINY)
         assert code == 2 and str(data) in output and output.startswith("error:")
+
+
+def test_images_that_memory_does_not_hold_are_left_out_and_that_is_said(folder, monkeypatch, capsys):
+    monkeypatch.setattr(fit_teacher, "MAX_BYTES", 12 * 3 * 8**2)
+    images = fit_teacher.read_images(str(folder), 8)
+    assert len(images.pixels) == len(images.names) == 12 and images.class_names == ["dark", "light"]
+    assert "12 of 20 images are used" in capsys.readouterr().err

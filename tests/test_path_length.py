@@ -112,6 +112,21 @@ def test_neither_batch_nor_ranks_change_a_pair():
     assert in_fp32 == pytest.approx(path_length.path_length(whole), rel=1e-2)
 
 
+def test_shares_of_all_ranks_are_gathered_in_order(monkeypatch):
+    whole = torch.arange(14.0).view(7, 2)
+    parts = [whole[rank::3] for rank in range(3)]
+    assert torch.equal(positions.gathered(whole), whole)  # one process
+
+    def all_gather_object(target, local):
+        assert torch.equal(local, parts[1])
+        target[:] = parts
+
+    for name, replacement in {"is_initialized": lambda: True, "get_world_size": lambda: 3,
+                              "all_gather_object": all_gather_object}.items():  # fmt: skip
+        monkeypatch.setattr(positions.dist, name, replacement)
+    assert torch.equal(positions.gathered(parts[1]), whole)
+
+
 def test_all_batches_of_a_share_have_one_length():
     assert list(positions.shares(7, 2, 1, 2)) == [([1, 3], 2), ([5, 5], 1)]
     assert list(positions.shares(3, 8, 0, 1)) == [([0, 1, 2], 3)]

@@ -78,7 +78,7 @@ def read_images(data: str, resolution: int) -> Images:
         return _read_shards(path, resolution)
     source = open_source(path, labels=None, resolution=resolution)
     pixels, labels, names, skipped = [], [], [], 0
-    for name in source.names[: max(1, MAX_BYTES // (3 * resolution**2))]:
+    for name in source.names[: _fitting(len(source.names), 3 * resolution**2)]:
         try:
             image = Image.open(io.BytesIO(source.read(name))).convert("RGB")
         except Exception:  # a damaged image makes PIL raise nearly anything
@@ -95,9 +95,17 @@ def read_images(data: str, resolution: int) -> Images:
     return Images(stack, torch.tensor(labels) if source.labels else None, source.class_names, names)
 
 
+def _fitting(count: int, size: int) -> int:
+    """How many of `count` images of `size` bytes MAX_BYTES holds; said where that is not all."""
+    fitting = max(1, min(count, MAX_BYTES // size))
+    if fitting < count:
+        print(f"{fitting} of {count} images are used: {MAX_BYTES >> 30} GiB of memory hold no more", file=sys.stderr)
+    return fitting
+
+
 def _read_shards(path: Path, resolution: int) -> Images:
     manifest = load_manifest(path)
-    count = min(manifest.count, MAX_BYTES // (manifest.channels * resolution**2))
+    count = _fitting(manifest.count, manifest.channels * resolution**2)
     pixels, labels = [], []
     stream = open_stream(manifest, seed=0, start=0, global_batch=1, window=WINDOW)
     for images, one_hot in stream:  # one epoch, each image once

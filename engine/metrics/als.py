@@ -89,7 +89,7 @@ def measure(
 def als_report(measured: Mapping[str, Measured]) -> dict:
     """JSON-able: for each model's label and each kind, `own` (σ of the model) and, for several models, `shared` (one σ
     for all of them), each as `attribute_linearity.linearity` gives it. Edits also have, in each attribute, `along`: ALS
-    of the attribute along its own edit alone.
+    and interval of the attribute along its own edit alone.
 
     Raises `UserError` for models that were measured with different attributes or seeds.
     """
@@ -113,7 +113,8 @@ def als_report(measured: Mapping[str, Measured]) -> dict:
             if scores in kinds["edits"]:
                 for e, name in enumerate(names):
                     alone = linearity(one.edits[:, e, :, e : e + 1], [name], sigma[e : e + 1], seed=one.seed)
-                    kinds["edits"][scores]["attributes"][name]["along"] = alone["als"]
+                    along = {key: alone[key] for key in ("als", "interval")}
+                    kinds["edits"][scores]["attributes"][name]["along"] = along
         kinds["direction_accuracy"] = dict(zip(names, one.directions.accuracy, strict=True))
         report["models"][label] = kinds
     return report
