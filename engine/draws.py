@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-_LATENT, _BATCH, _NOISE, _DIRECTION = range(4)
+_LATENT, _BATCH, _NOISE, _DIRECTION, _UNIFORM = range(5)
 
 
 class Latents(NamedTuple):
@@ -66,6 +66,11 @@ class Draws:
         """
         generator = self._host(_BATCH, phase, position)
         return int(generator.integers(1, num_ws)) if generator.random() < probability and num_ws > 1 else num_ws
+
+    def uniform(self, phase: int, positions: Sequence[int]) -> torch.Tensor:
+        """Uniform in [0, 1), [n] fp64."""
+        values = [self._host(_UNIFORM, phase, position).random() for position in positions]
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
 
     def noise(self, phase: int, positions: Sequence[int], size: int) -> torch.Tensor:
         """Standard normal [n, size]: the noise of all layers of G, a row an image."""

@@ -23,13 +23,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.tensor_files import misfit, one_line, read_pth, read_safetensors
+from hsrgan.engine.tensor_files import misfit, one_line, read_safetensors, read_state_dict
 
 FORMAT = "hsrgan-teacher-1"
 # What the code released with HSR normalises with: CLIP's mean beside ImageNet's standard deviation.
 PARITY_MEAN, PARITY_STD = (0.48145466, 0.4578275, 0.40821073), (0.229, 0.224, 0.225)
-# Arguments of timm.create_model that make it read or fetch other files; none may come out of a teacher file.
-_FILE_KWARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+# Arguments of timm.create_model that make it read or fetch other files; none may come out of a file.
+FILE_KWARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 class Backbone(NamedTuple):
@@ -135,23 +135,26 @@ def save_teacher(path: str | Path, net: nn.Module, *, model: str, kwargs: Mappin
     os.replace(aside, path)
 
 
-def create_timm(model: str, **kwargs: object) -> nn.Module:
-    """timm.create_model without weights; UserError when timm knows no such model or refuses the arguments."""
+def create_timm(model: str, role: str = "model", **kwargs: object) -> nn.Module:
+    """timm.create_model without weights; UserError when timm knows no such model or refuses the arguments.
+
+    role: what the model is to be, in the message.
+    """
     import timm  # here and below: kernels and trainer work without timm's dependencies
 
     if not timm.is_model(model):
         close = difflib.get_close_matches(model.split(".")[0], timm.list_models(), n=1)
         hint = f": did you mean {close[0]}?" if close else ""
-        raise UserError(f"{model!r} is neither a timm model nor a .safetensors file{hint}")
+        raise UserError(f"{role} {model!r} is neither a timm model nor a .safetensors file{hint}")
     try:
         return timm.create_model(model, pretrained=False, **kwargs)
     except Exception as error:  # timm raises whatever its constructors do
-        raise UserError(f"timm cannot build {model!r} with {kwargs}: {one_line(error)}") from None
+        raise UserError(f"timm cannot build {role} {model!r} with {kwargs}: {one_line(error)}") from None
 
 
 def read_teacher_file(path: Path) -> Backbone:
     """The network of a file made by save_teacher; UserError when the file is anything else."""
-    state, metadata = read_safetensors(path)
+    state, metadata = read_safetensors(path, "teacher file", "check its name, or make one with tools/fit_teacher.py")
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is no teacher file (its format is {metadata.get('format')!r}, not {FORMAT!r}): make "
                         "one with tools/fit_teacher.py, or give a timm name with this file as its weights")
@@ -161,7 +164,7 @@ def read_teacher_file(path: Path) -> Backbone:
     except (KeyError, json.JSONDecodeError) as error:
         raise UserError(f"teacher file {path}: unreadable metadata ({one_line(error)}): make the file again with "
                         "tools/fit_teacher.py") from None
-    if refused := sorted(_FILE_KWARGS & kwargs.keys()):
+    if refused := sorted(FILE_KWARGS & kwargs.keys()):
         raise UserError(f"teacher file {path}: its metadata passes {refused} to timm, which a teacher file must not")
     net = create_timm(model, **kwargs)
     _load_strictly(net, state, path, model, classifier=())
@@ -186,7 +189,7 @@ def open_timm(name: str, weights: str | None) -> Backbone:
                             "hsr.weights to a file that holds them") from None
     else:
         path = Path(weights)
-        state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pth(path)
+        state = read_state_dict(path)
         convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
         if convert is not None and state.keys() != net.state_dict().keys():
             try:

@@ -2,43 +2,60 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import rich.progress
 import torch
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hsrgan.engine.errors import UserError
 
+WHAT, REMEDY = "weights file", "check its name"
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a .safetensors file; UserError when it is absent or damaged."""
-    _must_exist(path)
+
+def read_safetensors(
+    path: Path, what: str = WHAT, remedy: str = REMEDY
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a .safetensors file; UserError when it is absent or damaged.
+
+    what: the file's role, which begins the message; remedy: what to do where it is absent.
+    """
+    _must_exist(path, what, remedy)
     try:
         with safe_open(path, framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no iterator)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"weights file {path} is damaged or no safetensors file ({one_line(error)}): copy it or make "
-                        "it again") from None
+        raise UserError(f"{what} {path} is damaged or no safetensors file ({one_line(error)}): copy it or make it "
+                        "again") from None
 
 
-def read_pth(path: Path) -> dict[str, Tensor]:
-    """The state dict of a .pth file of plain tensors, unwrapped; a pickle of anything else is refused unexecuted."""
-    _must_exist(path)
+def read_pth(path: Path, what: str = WHAT, remedy: str = REMEDY) -> object:
+    """What torch.save wrote, if it is tensors and plain Python; anything else is refused unexecuted (UserError)."""
+    _must_exist(path, what, remedy)
     if _is_torchscript(path):
-        raise UserError(f"weights file {path} is a TorchScript archive, which holds code that would be run: save its "
-                        "state dict as .safetensors")
+        raise UserError(f"{what} {path} is a TorchScript archive, which holds code that would be run: save its state "
+                        "dict as .safetensors")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.load's thoughts on old pickles
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip, or a pickle of something other than tensors
-        raise UserError(f"weights file {path} cannot be read as plain tensors ({_refusal(error)}): save its state dict "
-                        "as .safetensors") from None
+        raise UserError(f"{what} {path} cannot be read as plain tensors ({_refusal(error)}): save its state dict as "
+                        ".safetensors") from None
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a .pth file's state dict, unwrapped; UserError for anything else."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    content = read_pth(path)
     for key in ("state_dict", "model", "teacher"):  # training checkpoints wrap the weights
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -60,6 +77,17 @@ def misfit(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str | None
         if v.shape != have[k].shape:
             return f"{k} is {list(have[k].shape)} there and {list(v.shape)} here"
     return None
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file of any size; shows progress where that takes a while."""
+    digest = hashlib.sha256()
+    console = Console(stderr=True)
+    with rich.progress.open(path, "rb", description=f"checking {path.name}", console=console, transient=True,
+                            disable=not console.is_terminal or path.stat().st_size < 32 << 20) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def one_line(error: BaseException) -> str:
@@ -85,6 +113,6 @@ def _is_torchscript(path: Path) -> bool:
         return False
 
 
-def _must_exist(path: Path) -> None:
+def _must_exist(path: Path, what: str, remedy: str) -> None:
     if not path.is_file():
-        raise UserError(f"weights file {path} does not exist: check its name")
+        raise UserError(f"{what} {path} does not exist: {remedy}")

@@ -11,6 +11,7 @@ def test_draws_do_not_depend_on_the_split():
     for all_, a, b in zip(whole, first, second, strict=True):
         assert torch.equal(all_, torch.cat([a, b]))
     assert torch.equal(draws.noise(1, [4, 9], 33)[1], draws.noise(1, [9], 33)[0])
+    assert torch.equal(draws.uniform(1, [4, 9])[1:], draws.uniform(1, [9]))
 
 
 def test_streams_seeds_and_positions_differ():
@@ -26,6 +27,9 @@ def test_streams_seeds_and_positions_differ():
     assert not torch.equal(draws.noise(0, [0], 64), draws.directions(0, [0], (8, 8)).flatten(1))
     values = draws.noise(0, range(64), 4096)
     assert abs(values.mean()) < 0.01 and abs(values.std() - 1) < 0.01
+    uniform = draws.uniform(0, range(4000))
+    assert uniform.min() >= 0 and uniform.max() < 1 and uniform.unique().numel() == 4000
+    assert abs(uniform.mean() - 0.5) < 0.02 and abs(uniform.var() - 1 / 12) < 0.005
 
 
 def test_labels_follow_the_class_counts():

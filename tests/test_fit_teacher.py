@@ -55,7 +55,7 @@ def test_the_shipped_teacher_has_learnt_from_the_digits(tmp_path):
     net = copy.deepcopy(teacher.net)
     torch.manual_seed(0)
     net.load_state_dict(create_timm("vit_tiny_patch16_224", img_size=16, num_classes=0,
-                                    **fit_teacher._parse_args(fit_teacher.SMALL_VIT_ARGS)).state_dict())
+                                    **fit_teacher.parse_args(fit_teacher.SMALL_VIT_ARGS)).state_dict())
     untrained = Teacher(net, {16: 3}, (16, 16), (0.3056,) * 3, (0.3861,) * 3)
 
     images = fit_teacher.read_images(str(ensure_digits(tmp_path, 16, 1)), 16)
@@ -155,3 +155,10 @@ def test_no_images_or_too_few(folder, tmp_path):
     for data in (tmp_path / "empty", tmp_path / "gone"):
         code, output = run(data, "--out", tmp_path / "t.safetensors", *TINY)
         assert code == 2 and str(data) in output and output.startswith("error:")
+
+
+def test_images_that_memory_does_not_hold_are_left_out_and_that_is_said(folder, monkeypatch, capsys):
+    monkeypatch.setattr(fit_teacher, "MAX_BYTES", 12 * 3 * 8**2)
+    images = fit_teacher.read_images(str(folder), 8)
+    assert len(images.pixels) == len(images.names) == 12 and images.class_names == ["dark", "light"]
+    assert "12 of 20 images are used" in capsys.readouterr().err

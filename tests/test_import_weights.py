@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics import weights
 from hsrgan.engine.metrics.extractor import load_extractor, load_lpips
-from hsrgan.engine.tensor_files import read_pth
+from hsrgan.engine.tensor_files import read_state_dict, sha256_of
 from hsrgan.tools import import_weights
 
 
@@ -39,7 +39,7 @@ def heads(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "heads.pth"
     path.write_bytes(weights.packaged_heads().read_bytes())
     known = dataclasses.replace(weights.PUBLISHED["lpips"], file="heads.pth", publisher="somebody",
-                                size=path.stat().st_size, sha256=weights.sha256_of_file(path))  # fmt: skip
+                                size=path.stat().st_size, sha256=sha256_of(path))  # fmt: skip
     monkeypatch.setitem(weights.PUBLISHED, "lpips", known)
     return path
 
@@ -59,8 +59,8 @@ def test_a_published_file_is_checked_converted_and_found(heads, cache):
     result = run("lpips", heads)
     assert result.exit_code == 0 and "It is the published heads.pth" in result.output and "WARNING" not in result.output
     assert [p.name for p in cache.iterdir()] == ["lpips.safetensors"]
-    loaded, original = weights.load_weights("lpips"), read_pth(heads)
-    assert loaded.sha256 == weights.sha256_of_file(heads) and not loaded.own
+    loaded, original = weights.load_weights("lpips"), read_state_dict(heads)
+    assert loaded.sha256 == sha256_of(heads) and not loaded.own
     assert loaded.tensors.keys() == original.keys()
     assert all(torch.equal(loaded.tensors[k], v) for k, v in original.items())
     with safe_open(cache / "lpips.safetensors", "pt") as file:
@@ -80,7 +80,7 @@ def test_lpips_needs_no_file_and_no_import(cache):
 
 def test_a_file_of_ones_own_needs_the_flag_and_is_named_so_ever_after(heads, cache, tmp_path):
     own = tmp_path / "own.pth"
-    torch.save({"state_dict": {f"module.{k}": v.half() for k, v in read_pth(heads).items()}}, own)
+    torch.save({"state_dict": {f"module.{k}": v.half() for k, v in read_state_dict(heads).items()}}, own)
     assert "bytes and heads.pth" in line(run("lpips", own)) and not cache.exists()
     result = run("lpips", own, "--own-weights")
     assert result.exit_code == 0 and "WARNING: this is not heads.pth" in " ".join(result.stderr.split())
@@ -92,7 +92,7 @@ def test_a_file_of_ones_own_needs_the_flag_and_is_named_so_ever_after(heads, cac
 
 
 def test_another_folder_and_safetensors(heads, tmp_path):
-    save_file(read_pth(heads), tmp_path / "own.safetensors")
+    save_file(read_state_dict(heads), tmp_path / "own.safetensors")
     result = run("lpips", tmp_path / "own.safetensors", "--own-weights", "--cache", tmp_path / "other")
     assert result.exit_code == 0 and weights.load_weights("lpips", tmp_path / "other").own
 
@@ -176,7 +176,7 @@ def write_nan(state, path):
 def test_a_file_that_is_not_the_network_is_one_line_and_leaves_the_cache_alone(heads, cache, write, says):
     assert run("lpips", heads).exit_code == 0
     before = (cache / "lpips.safetensors").read_bytes()
-    write(read_pth(heads), heads)
+    write(read_state_dict(heads), heads)
     assert re.search(says, line(run("lpips", heads, "--own-weights")))
     said = line(run("lpips", heads))  # by size or sha256, before anything is read
     assert re.search(r"has [\d,]+ bytes and heads\.pth [\d,]+: get heads\.pth again from somebody", said), said
@@ -188,7 +188,7 @@ def test_one_changed_byte_is_seen_by_the_sha256(heads):
     content[len(content) // 2] ^= 1
     heads.write_bytes(content)
     said = line(run("lpips", heads))
-    assert f"has sha256 {weights.sha256_of_file(heads)} and heads.pth {weights.PUBLISHED['lpips'].sha256}" in said
+    assert f"has sha256 {sha256_of(heads)} and heads.pth {weights.PUBLISHED['lpips'].sha256}" in said
 
 
 def test_files_and_folders_that_are_not_there(tmp_path):

@@ -11,8 +11,7 @@ OURS = {"engine", "kernels", "tools", "recipes"}
 
 KERNELS = {"hsrgan.kernels"}
 NETWORKS = KERNELS | {"hsrgan.engine.errors", "hsrgan.engine.layers", "hsrgan.engine.blocks", "hsrgan.engine.model"}
-OBJECTIVES = NETWORKS | {"hsrgan.engine.losses", "hsrgan.engine.teacher", "hsrgan.engine.ema",
-                         "hsrgan.engine.tensor_files"}
+OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ("losses", "tensor_files", "teacher", "ema")}
 ALLOWED = {  # what a module may import of ours; a prefix stands for everything below it
     "hsrgan.kernels": KERNELS,
     **dict.fromkeys(NETWORKS - KERNELS, NETWORKS),

@@ -17,6 +17,7 @@ from hsrgan.engine.metrics.extractor import load_extractor, load_lpips
 from hsrgan.engine.metrics.inception import InceptionV3
 from hsrgan.engine.metrics.perceptual import LPIPS
 from hsrgan.engine.teacher import load_teacher, save_teacher
+from hsrgan.engine.tensor_files import sha256_of
 from hsrgan.tools.fit_teacher import features as teacher_features
 
 DIGITS_TEACHER = "recipes/digits_teacher.safetensors"
@@ -67,7 +68,7 @@ def test_inception_gives_the_same_by_each_of_its_doors(inception):
     assert ours.name == "inception" and ours.protocol == {
         "network": "inception (own weights)",
         "resize": "tf1",
-        "weights_sha256": weights.sha256_of_file(inception[1]),
+        "weights_sha256": sha256_of(inception[1]),
         "dtype": "float32",
     }
 
@@ -281,7 +282,7 @@ def test_a_timm_backbone_gives_its_pooled_features(tmp_path, model):
         expected = net.eval()((x - mean) / std)
     assert ours(images).shape == (2, ours.dim) and ours.name == f"timm:{model}"
     torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-4)
-    assert ours.protocol["weights_sha256"] == weights.sha256_of_file(file)
+    assert ours.protocol["weights_sha256"] == sha256_of(file)
     assert torch.isfinite(ours(metric_fixtures.digits(1, 8))).all()
 
 

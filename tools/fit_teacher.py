@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import Tensor, nn
 
-from hsrgan.engine.data import open_stream
+from hsrgan.engine.data import Plan, open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.shards import MANIFEST, load_manifest
@@ -43,18 +44,24 @@ SMALL_VIT = "vit_tiny_patch16_224"
 SMALL_VIT_ARGS = "patch_size=4,embed_dim=64,depth=4,num_heads=4,class_token=false,global_pool=avg,fc_norm=false"
 MAX_BYTES = 2 << 30  # images are held in memory as bytes; what is beyond this is not needed for a small network
 HELD_OUT = 0.2
+WINDOW = 16  # shards that are shuffled together while they are read
 MAX_JUDGED = 5000  # images on each side of the closing figures, whose cost is their product
 
 
 @dataclass(frozen=True)
 class Images:
-    """pixels uint8 [M, C, R, R]; labels int64 [M], or None."""
+    """pixels uint8 [M, C, R, R]; labels int64 [M], or None, and what the classes are called; names of the M images:
+    file names in their source, or the keys of the samples in shards (00000000, …).
+    """
 
     pixels: Tensor
     labels: Tensor | None
+    class_names: Sequence[str]
+    names: Sequence[str]
 
     def part(self, index: Tensor) -> Images:
-        return Images(self.pixels[index], None if self.labels is None else self.labels[index])
+        labels = None if self.labels is None else self.labels[index]
+        return Images(self.pixels[index], labels, self.class_names, [self.names[i] for i in index.tolist()])
 
     def unit(self, index: Tensor | slice = slice(None)) -> Tensor:
         """float [m, C, R, R] in [0, 1]."""
@@ -70,8 +77,8 @@ def read_images(data: str, resolution: int) -> Images:
     if path.name == MANIFEST or (path / MANIFEST).is_file():
         return _read_shards(path, resolution)
     source = open_source(path, labels=None, resolution=resolution)
-    pixels, labels, skipped = [], [], 0
-    for name in source.names[: max(1, MAX_BYTES // (3 * resolution**2))]:
+    pixels, labels, names, skipped = [], [], [], 0
+    for name in source.names[: _fitting(len(source.names), 3 * resolution**2)]:
         try:
             image = Image.open(io.BytesIO(source.read(name))).convert("RGB")
         except Exception:  # a damaged image makes PIL raise nearly anything
@@ -79,25 +86,41 @@ def read_images(data: str, resolution: int) -> Images:
             continue
         pixels.append(np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.BOX)))
         labels.append(source.labels[name] if source.labels else -1)
+        names.append(name)
     if skipped:
         print(f"skipped {skipped} damaged images", file=sys.stderr)
     if not pixels:
         raise UserError(f"{data} holds no readable image: name a folder, zip or LMDB of images, or packed shards")
     stack = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return Images(stack, torch.tensor(labels) if source.labels else None)
+    return Images(stack, torch.tensor(labels) if source.labels else None, source.class_names, names)
+
+
+def _fitting(count: int, size: int) -> int:
+    """How many of `count` images of `size` bytes MAX_BYTES holds; said where that is not all."""
+    fitting = max(1, min(count, MAX_BYTES // size))
+    if fitting < count:
+        print(f"{fitting} of {count} images are used: {MAX_BYTES >> 30} GiB of memory hold no more", file=sys.stderr)
+    return fitting
 
 
 def _read_shards(path: Path, resolution: int) -> Images:
     manifest = load_manifest(path)
-    count = min(manifest.count, MAX_BYTES // (manifest.channels * resolution**2))
+    count = _fitting(manifest.count, manifest.channels * resolution**2)
     pixels, labels = [], []
-    for images, one_hot in open_stream(manifest, seed=0, start=0, global_batch=1):  # one epoch, each image once
+    stream = open_stream(manifest, seed=0, start=0, global_batch=1, window=WINDOW)
+    for images, one_hot in stream:  # one epoch, each image once
         small = F.adaptive_avg_pool2d(images.float(), resolution) if images.shape[2] != resolution else images
         pixels.append(small.round().to(torch.uint8))
         labels.append(one_hot)
         if len(pixels) == count:
             break
-    return Images(torch.cat(pixels), torch.cat(labels).argmax(1) if manifest.num_classes else None)
+    plan, first = Plan([s.count for s in manifest.shards], seed=0, window=WINDOW), [0]
+    for shard in manifest.shards:
+        first.append(first[-1] + shard.count)
+    places = (plan[position] for position in range(count))
+    names = [f"{first[shard] + sample:08d}" for shard, sample, _ in places]
+    known = torch.cat(labels).argmax(1) if manifest.num_classes else None
+    return Images(torch.cat(pixels), known, manifest.class_names, names)
 
 
 def hold_out(images: Images, seed: int) -> tuple[Images, Images]:
@@ -272,7 +295,7 @@ def judge(teachers: dict[str, Teacher], train: Images, test: Images, views: View
     return table
 
 
-def _parse_args(text: str) -> dict[str, object]:
+def parse_args(text: str) -> dict[str, object]:
     """`a=1,b=true,c=avg` → {"a": 1, "b": True, "c": "avg"}."""
     out: dict[str, object] = {}
     for item in filter(None, text.split(",")):
@@ -284,6 +307,28 @@ def _parse_args(text: str) -> dict[str, object]:
         except json.JSONDecodeError:
             out[key.strip()] = value
     return out
+
+
+def build(
+    model: str, kwargs: dict[str, object], resolution: int, seed: int, role: str = "teacher"
+) -> tuple[nn.Module, dict[str, object]]:
+    """The timm model for images of resolution², its weights drawn by `seed`; and its kwargs, with the size among them
+    where the model needs it.
+    """
+    torch.manual_seed(seed)
+    net = create_timm(model, role, **kwargs)
+    if hasattr(net, "set_input_size"):  # its position table must be made for this size
+        kwargs = {**kwargs, "img_size": resolution}
+        torch.manual_seed(seed)
+        net = create_timm(model, role, **kwargs)
+    return net, kwargs
+
+
+def channel_statistics(images: Images) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the images' three channels, in [0, 1]."""
+    pixels = images.unit().expand(-1, 3, -1, -1)
+    mean = [round(v, 4) for v in pixels.mean((0, 2, 3)).tolist()]
+    return mean, [max(round(v, 4), 1e-3) for v in pixels.std((0, 2, 3)).tolist()]
 
 
 def main(
@@ -314,21 +359,13 @@ def main(
         console = Console()
         if not os.access(out.parent, os.W_OK):
             raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written: name another")
-        kwargs = {**_parse_args(model_args or (SMALL_VIT_ARGS if model == SMALL_VIT else "")), "num_classes": 0}
-        torch.manual_seed(seed)
-        net = create_timm(model, **kwargs)
-        if hasattr(net, "set_input_size"):  # its position table must be made for this size
-            kwargs["img_size"] = resolution
-            torch.manual_seed(seed)
-            net = create_timm(model, **kwargs)
-
+        kwargs = {**parse_args(model_args or (SMALL_VIT_ARGS if model == SMALL_VIT else "")), "num_classes": 0}
+        net, kwargs = build(model, kwargs, resolution, seed)
         images = read_images(data, resolution)
         if len(images.pixels) < 10:
             raise UserError(f"{data} holds {len(images.pixels)} images: give ten at least, better thousands")
         train, test = hold_out(images, seed)
-        pixels = train.unit().expand(-1, 3, -1, -1)
-        mean = [round(v, 4) for v in pixels.mean((0, 2, 3)).tolist()]
-        std = [max(round(v, 4), 1e-3) for v in pixels.std((0, 2, 3)).tolist()]
+        mean, std = channel_statistics(train)
         console.print(f"{len(images.pixels)} images, {len(train.pixels)} of them to fit on; {model} of "
                       f"{sum(p.numel() for p in net.parameters()):,} parameters at {resolution}x{resolution}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from hsrgan.engine.aside import writable
 from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.metrics.directions import load_directions
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, save_png, to_uint8
 from hsrgan.engine.snapshot import load_snapshot
+from hsrgan.engine.tensor_files import sha256_of
 
 MAX_SEED = 2**32 - 1  # of NumPy's RandomState
 
@@ -73,11 +76,13 @@ def generate(
     psi: float = 1.0,
     cutoff: int | None = None,
     noise_mode: str = "random",
+    shift: Tensor | None = None,
     batch: int = 16,
 ) -> Tensor:
     """The images of `seeds`, uint8 [N, C, R, R] on the CPU, made `batch` at a time where the generator lives.
 
-    classes: [N] int64; by default drawn from each seed. Shows progress.
+    classes: [N] int64; by default drawn from each seed. shift [w_dim] is added to every w, after truncation. Shows
+    progress.
     """
     device = next(generator.parameters()).device
     images = []
@@ -92,9 +97,10 @@ def generate(
             chosen = drawn if classes is None else classes[start : start + batch]
             c = torch.nn.functional.one_hot(chosen, generator.c_dim).float().to(device) if generator.c_dim else None
             noise = layer_noise(part, generator).to(device) if noise_mode == "random" else None
-            image = generator(
-                z.to(device), c, truncation_psi=psi, truncation_cutoff=cutoff, noise_mode=noise_mode, noise=noise
-            )
+            ws = generator.mapping(z.to(device), c, truncation_psi=psi, truncation_cutoff=cutoff)
+            if shift is not None:
+                ws = ws + shift.to(ws)
+            image = generator.synthesis(ws, noise_mode=noise_mode, noise=noise)
             images.append(to_uint8(image).cpu())
             done = start + len(part)
             progress.update(task, completed=done, rate=done / (time.perf_counter() - began))
@@ -119,6 +125,29 @@ def _rows_of_classes(label: str | None, generator: Generator, snapshot: Path) ->
     return [int(label)]
 
 
+def edit_shift(edits: Sequence[str], file: Path | None, generator: Generator, snapshot: Path) -> Tensor | None:
+    """What `--edit name=strength …` adds to w [w_dim], from the directions in `file`; None without edits."""
+    if not edits:
+        if file is not None:
+            raise UserError(f"--directions {file} without --edit changes nothing: add --edit name=2, or leave it out")
+        return None
+    if file is None:
+        raise UserError(f"--edit {edits[0]} needs --directions FILE: make it with tools/fit_directions.py")
+    directions = load_directions(file)
+    directions.expect(w_dim=generator.w_dim, snapshot=sha256_of(snapshot), path=file)
+    total = torch.zeros(generator.w_dim)
+    for edit in edits:
+        name, _, strength = edit.rpartition("=")
+        try:
+            value = float(strength)
+        except ValueError:
+            value = math.nan
+        if not name or not math.isfinite(value):
+            raise UserError(f"--edit {edit}: write it like smile=2 or smile=-1.5, in standard deviations of w")
+        total += directions.shift(name, value)
+    return total
+
+
 @app.command()
 def main(
     snapshot: Annotated[Path, typer.Argument(help="A .safetensors file from a run's snapshots folder.")],
@@ -133,6 +162,13 @@ def main(
     noise: Annotated[Noise, typer.Option(help="Layer noise: drawn from the seed, the stored constant, or none.")] = (
         Noise.const
     ),
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(help="name=strength, repeatable: change an attribute by so many standard deviations of w."),
+    ] = None,
+    directions: Annotated[
+        Path | None, typer.Option(help="The directions of --edit, made by tools/fit_directions.py.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures; made if absent.")] = Path("samples"),
     batch: Annotated[int, typer.Option(min=1, help="Images made at a time.")] = 16,
     grid: Annotated[bool, typer.Option(help="Write all of them as grid.png.")] = True,
@@ -145,6 +181,8 @@ def main(
       python tools/sample.py runs/quickstart/snapshots/000140000.safetensors --seeds 0-63
 
       python tools/sample.py model.safetensors --seeds 0-9 --label all --psi 0.7 --no-single --out digits
+
+      python tools/sample.py model.safetensors --directions directions.safetensors --edit smile=2 --edit hat=-1
     """
     with user_errors():
         if not grid and not single:
@@ -154,14 +192,16 @@ def main(
         if cutoff is not None and cutoff > generator.num_ws:
             raise UserError(f"--cutoff {cutoff}: {snapshot} has {generator.num_ws} ws; give 1 to {generator.num_ws}")
         rows = _rows_of_classes(label, generator, snapshot)
+        shift = edit_shift(edit or [], directions, generator, snapshot)
         with writable(out, "name another --out"):
             out.mkdir(parents=True, exist_ok=True)
 
         every_seed = [seed for _ in rows for seed in chosen_seeds]
         classes = None if rows == [None] else torch.tensor(rows).repeat_interleave(len(chosen_seeds))
         images = generate(
-            place(generator), every_seed, classes, psi=psi, cutoff=cutoff, noise_mode=noise.value, batch=batch
-        )
+            place(generator), every_seed, classes, psi=psi, cutoff=cutoff, noise_mode=noise.value, shift=shift,
+            batch=batch,
+        )  # fmt: skip
         if single:
             for i, (seed, image) in enumerate(zip(every_seed, images, strict=True)):
                 suffix = "" if classes is None else f"-class{classes[i]}"

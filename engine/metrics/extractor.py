@@ -22,8 +22,9 @@ from hsrgan.engine.metrics import dinov2, inception, vgg16
 from hsrgan.engine.metrics.fp32 import exact_fp32
 from hsrgan.engine.metrics.perceptual import LPIPS
 from hsrgan.engine.metrics.resize import RESIZES
-from hsrgan.engine.metrics.weights import load_weights, sha256_of_file
+from hsrgan.engine.metrics.weights import load_weights
 from hsrgan.engine.teacher import Teacher, open_timm, read_teacher_file
+from hsrgan.engine.tensor_files import sha256_of
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of images in [0, 1]
 
@@ -169,7 +170,7 @@ def _teacher_extractor(path: Path) -> Extractor:
 
 def _probed(name: str, net: nn.Module, prepare: Prepare, file: Path, size: int) -> Extractor:
     """An extractor whose dim is read off what comes out of it."""
-    extractor = Extractor(name, net, prepare, 0, sha256_of_file(file))
+    extractor = Extractor(name, net, prepare, 0, sha256_of(file))
     extractor.dim = extractor(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1]
     return extractor
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import rich.progress
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +24,7 @@ from hsrgan.engine.metrics import perceptual
 from hsrgan.engine.metrics.dinov2 import DINOv2
 from hsrgan.engine.metrics.inception import InceptionV3
 from hsrgan.engine.metrics.vgg16 import VGG16
-from hsrgan.engine.tensor_files import misfit, read_pth, read_safetensors
+from hsrgan.engine.tensor_files import misfit, read_safetensors, read_state_dict, sha256_of
 
 FORMAT = "hsrgan-weights-1"
 
@@ -139,10 +137,10 @@ def read_weights(name: str, file: Path, *, own: bool = False) -> Weights:
     size = file.stat().st_size
     if not own and known.size not in (None, size):
         raise UserError(f"{file} has {size:,} bytes and {known.file} {known.size:,}: {remedy}")
-    sha256 = sha256_of_file(file)
+    sha256 = sha256_of(file)
     if not own and known.sha256 not in (None, sha256):
         raise UserError(f"{file} has sha256 {sha256} and {known.file} {known.sha256}: {remedy}")
-    state = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_pth(file)
+    state = read_state_dict(file)
     with torch.device("meta"):
         want = _without_counters(known.tensors())
     state = _without_counters(state)
@@ -160,17 +158,6 @@ def packaged_heads() -> Path:
     if spec is None:
         raise UserError("the package lpips is not installed, and it brings LPIPS's heads: pip install lpips")
     return Path(spec.submodule_search_locations[0], "weights", "v0.1", "vgg.pth")
-
-
-def sha256_of_file(path: Path) -> str:
-    """Of a file of any size; shows progress where that takes a while."""
-    digest = hashlib.sha256()
-    console = Console(stderr=True)
-    with rich.progress.open(path, "rb", description=f"checking {path.name}", console=console, transient=True,
-                            disable=not console.is_terminal or path.stat().st_size < 32 << 20) as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,81 @@
+"""What ALS found, as pictures: the curves m(t) of every attribute, and the straightest and the most bent edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from hsrgan.engine.aside import written_aside
+from hsrgan.engine.pictures import image_grid, save_png
+
+CAPTION = 16  # pixels above each strip
+LARGEST = 256  # pixels of a frame: eleven of 1024 would be no picture to look at
+_COLUMNS = 5
+
+
+def draw_linearity(results: Mapping[str, dict], path: Path) -> None:
+    """Plot the curves of `attribute_linearity.linearity` to `path`, a panel for each attribute and one for their mean.
+
+    results: by the model's label, all of the same attributes. 0 along the whole curve is a straight edit.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(next(iter(results.values()))["attributes"])
+    panels = ["mean of attributes", *names]
+    columns = min(_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for label, result in results.items():
+            if panel in result["attributes"]:
+                values, score = result["attributes"][panel]["curve"], result["attributes"][panel]["als"]
+            else:
+                curves = [attribute["curve"] for attribute in result["attributes"].values()]
+                values, score = torch.tensor(curves).mean(0), result["als"]
+            axes.plot(torch.linspace(0, 1, len(values)), values, marker=".", label=f"{label}  ALS {score:.3g}")
+        axes.set_title(panel, fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=7)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes in grid[-1]:
+        axes.set_xlabel("t")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("m(t), in σ")
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png")
+
+
+def extremes(scores: Tensor, count: int) -> tuple[list[int], list[int]]:
+    """Indices of the `count` lowest of scores [n] and of as many highest ones, each from its end inwards."""
+    order = scores.argsort(stable=True).tolist()
+    count = min(count, len(order) // 2) or 1
+    return order[:count], order[: -count - 1 : -1]
+
+
+def draw_strips(strips: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    """Save strips (a caption and its frames [T, C, R, R], uint8) to `path`, one below the other, at most LARGEST²."""
+    rows = [image_grid(_small(frames), cols=len(frames)).convert("RGB") for _, frames in strips]
+    picture = Image.new("RGB", (rows[0].width, sum(row.height + CAPTION for row in rows)), "white")
+    pen = ImageDraw.Draw(picture)
+    y = 0
+    for (caption, _), row in zip(strips, rows, strict=True):
+        pen.text((4, y + 2), caption, fill="black")
+        picture.paste(row, (0, y + CAPTION))
+        y += row.height + CAPTION
+    save_png(picture, path)
+
+
+def _small(frames: Tensor) -> Tensor:
+    side = frames.shape[-1]
+    if side <= LARGEST:
+        return frames
+    return F.avg_pool2d(frames.float(), side // LARGEST).round().to(torch.uint8)
