@@ -80,11 +80,8 @@ class HSRHeads(nn.Module):
         return torch.stack(terms).sum()
 
 
-def hsr_term(weight: float, heads: HSRHeads, teacher: Callable[[Tensor], Mapping[int, Tensor]],
-             features: Mapping[int, Tensor], img: Tensor, *, weights: Mapping[int, float] | None = None,
-             distance: str = "mse", detach: bool = False) -> Tensor | None:
-    """λ·L_HSR of un-augmented fakes img [N, C, H, W]; None, with neither teacher nor heads run, when λ is 0."""
-    if weight == 0:
-        return None
-    targets = teacher(img.detach())
-    return weight * heads.loss(features, targets, weights=weights, distance=distance, detach=detach)
+def hsr_term(heads: HSRHeads, teacher: Callable[[Tensor], Mapping[int, Tensor]], features: Mapping[int, Tensor],
+             img: Tensor, *, weights: Mapping[int, float] | None = None, distance: str = "mse",
+             detach: bool = False) -> Tensor:
+    """L_HSR of un-augmented fakes img [N, C, H, W], before its weight λ."""
+    return heads.loss(features, teacher(img.detach()), weights=weights, distance=distance, detach=detach)

@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
-from hsrgan.engine import checkpoint, distributed
+from hsrgan.engine import checkpoint, distributed, graphs
 from hsrgan.engine.aside import writable
 from hsrgan.engine.config import Data, Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
@@ -75,6 +75,7 @@ def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> Non
     phases, total = build_phases(t), round(recipe.kimg * 1000)
     out = Outputs(t, manifest, g_ema)
     with RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank) as log:
+        t.call = graphs.caller(recipe.cuda_graphs, world, recipe.zero_stage, log.message)
         if images:
             log.message(f"resuming at {images / 1000:g} kimg")
         else:
