@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsrgan.engine import graphs
@@ -132,8 +133,18 @@ def test_fresh_leaves_share_memory_and_leave_no_trace():
     assert all(a is b for a, b in zip(module.parameters(), own, strict=True)) and all(p.grad is None for p in own)
 
 
+class NothingListed(TorchFunctionMode):
+    """Raises where a tensor of the device is made from a list: on a GPU that is a copy from the host."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and out.is_meta:
+            raise RuntimeError(f"{func} makes a tensor on meta from the host's values")
+        return out
+
+
 class NothingCrosses(TorchDispatchMode):
-    """Raises where the host and the device meet: a value read, a tensor made on one side and taken to the other."""
+    """Raises where a tensor of the host's is taken to the device; the way back raises by itself on meta."""
 
     def __init__(self):
         super().__init__()
@@ -143,8 +154,8 @@ class NothingCrosses(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {t.device.type for t in tensors([args, kwargs or {}])}
         made = {t.device.type for t in tensors(out)}
-        if "meta" in made and (func is torch.ops.aten.lift_fresh.default or "cpu" in given):  # torch.tensor(…), .to(…)
-            raise RuntimeError(f"{func} makes a tensor on meta from the host's values")
+        if "meta" in made and "cpu" in given:
+            raise RuntimeError(f"{func} takes a tensor of the host's to meta")
         self.seen += "meta" in made
         return out
 
@@ -162,7 +173,7 @@ def on_device(backend: str, phase_name: str, precision: str, spoil=lambda t: Non
     other.module.requires_grad_(False)
     reals = torch.zeros(8, 3, 16, 16).to(memory_format=torch.channels_last)
     (batch,) = (on_meta(batch) for batch in rounds(phase, t, 64, reals, torch.zeros(8, 3)))
-    with NothingCrosses() as mode:
+    with NothingListed(), NothingCrosses() as mode:
         if backend == "triton":
             with launch.record("sm_90") as launches:
                 gradients, _ = phase.gradients(batch)

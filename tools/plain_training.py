@@ -1,4 +1,4 @@
-"""A training run's phases without DeepSpeed, data or files: what is benchmarked, modelled and tested as the step itself.
+"""A training run's phases without DeepSpeed, data or files: what is timed, modelled and tested as the step.
 
 Everything is as in engine/train.py but the two engines, for which `Plain` stands in, and the teacher, which is given.
 """
