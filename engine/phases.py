@@ -200,6 +200,7 @@ class GReg(Phase):
 
     def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
         y = self.training.draws.directions(self.stream, positions, reals.shape[1:])
+        y = y.contiguous(memory_format=torch.channels_last)  # or the image's gradient would be NCHW through all of G
         return super().inputs(images, positions, reals, real_c) | {"y": y}
 
     def loss(self, batch: Round) -> tuple[Tensor, Told]:
