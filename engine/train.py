@@ -162,6 +162,8 @@ def _networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
             layers=recipe.hsr.layers,
             parity_normalize=recipe.hsr.parity_normalize,
         ).to(world.device)
+        if world.device.type == "cuda":
+            teacher.to_bf16()
         widths = {r: generator.synthesis.channels[r] for r in recipe.hsr.layers}
         heads = HSRHeads(widths, teacher.channels, hidden=recipe.hsr.hidden).to(world.device)
     return generator.to(world.device), discriminator.to(world.device), heads, teacher
