@@ -33,11 +33,15 @@ class Plain:
         self.optimizer = lazy_adam(self.parameters, lr, 0.0, 0.99, 1e-8, interval)
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
+        self.mend(gradients)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def mend(self, gradients: Sequence[Tensor | None]) -> None:
+        """Finite gradients for all parameters."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             found = torch.zeros_like(parameter) if gradient is None else gradient
             parameter.grad = torch.nan_to_num(found, nan=0.0, posinf=1e5, neginf=-1e5)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def random_teacher(layers: dict[int, int], model: str = TEACHER, **kwargs: object) -> Teacher:
