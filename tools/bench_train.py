@@ -2,7 +2,7 @@
 
     python tools/bench_train.py                             on a GPU --model ffhq256,ffhq1024, else the CPU
     python tools/bench_train.py --resolutions 32,64         the CPU, beside plain PyTorch (train_cpu.py)
-    python tools/bench_train.py --model ffhq256,ffhq1024    a GPU (train_gpu.py): HSR, kernels and CUDA graphs on and off;
+    python tools/bench_train.py --model ffhq256,ffhq1024    a GPU (train_gpu.py): HSR, kernels, CUDA graphs on and off;
                                                             beside NVIDIA's networks with --stylegan3 PATH
     python tools/bench_train.py --model ffhq1024 --gpu B200 without a GPU: the same table from the static model
                                                             (train_model.py), in which NOTHING IS TIMED
@@ -33,6 +33,7 @@ from hsrgan.tools.kernel_shapes import MODELS
 from hsrgan.tools.train_variants import KEYS, variants
 
 PRECISIONS = ("fp16", "bf16", "fp32")
+WIDTH = 118
 PHASES = ("Gmain", "Greg", "Dmain", "Dreg", "rest")
 
 
@@ -47,19 +48,18 @@ def write(rows: list[dict], stem: Path) -> None:
 
 
 def print_rows(rows: list[dict], title: str, console: Console) -> None:
-    headings = ("model", "HSR", "kernels", "graphs", "img/s", "step ms", *PHASES, "peak GB", "kernels", "launches")
-    table = Table(*headings, title=title,
-                  caption="step: median (p20–p80); kernels run and launched by the host: of one step")
+    headings = ("model", "with", "img/s", "step ms", *PHASES, "peak GB", "run", "launched")
+    caption = "step: median (p20–p80); phases: ms, each once; kernels run, and launches by the host: of one step"
+    table = Table(*headings, title=title, caption=caption)
     for r in rows:
         step = f"{1000 * r['step_p50']:.1f}"
         if r["timed"]:
             step += f" ({1000 * r['step_p20']:.1f}–{1000 * r['step_p80']:.1f})"
-        switches = ["on" if r[key] else "off" for key in ("hsr", "kernels", "graphs")]
-        if r["provider"] != "hsrgan":
-            switches = [r["provider"], "", ""]
+        switches = [name for name, key in (("HSR", "hsr"), ("kernels", "kernels"), ("graphs", "graphs")) if r[key]]
         table.add_row(
-            r["model"], *switches, f"{r['img_s']:.0f}", step, *(f"{1000 * r[name]:.1f}" for name in PHASES),
-            f"{r['peak_bytes'] / 1e9:.1f}", f"{r['kernels_per_step']}", f"{r['host_launches_per_step']}",
+            r["model"], ", ".join(switches) if r["provider"] == "hsrgan" else r["provider"], f"{r['img_s']:.0f}", step,
+            *(f"{1000 * r[name]:.1f}" for name in PHASES), f"{r['peak_bytes'] / 1e9:.1f}",
+            f"{r['kernels_per_step']}", f"{r['host_launches_per_step']}",
         )  # fmt: skip
     console.print(table)
 
@@ -92,7 +92,8 @@ def main(
 ) -> None:
     """Whole training steps: this GPU's, this CPU's, or the static model of a GPU that is not there."""
     with user_errors():
-        console, there = Console(), torch.cuda.is_available()
+        there = torch.cuda.is_available()
+        console = Console(width=max(Console().width, WIDTH))  # the table's; a pipe has 80
         if resolutions and models:
             raise UserError("--resolutions is the CPU's and --model a GPU's: give one of them")
         if resolutions or not (models or there):
@@ -104,14 +105,14 @@ def main(
             raise UserError(f"--precision {precision}: there are {', '.join(PRECISIONS)}")
         if batch % 2:
             raise UserError(f"--batch {batch}: path length works on half of it, so it must be even")
+        if stylegan3 is not None and not there:
+            raise UserError("--stylegan3 is timed on a GPU, and there is none here: leave it out")
         wanted = variants(chosen(models or ",".join(MODELS), MODELS, "model"), precision, batch)
         device = torch.cuda.get_device_name() if there else f"{gpu} (data sheet)"
         facts = {"device": device, "versions": versions(), "date": now()}
         found = train_gpu.bench(wanted, turns, train_gpu.Gpu()) if there else train_model.model(wanted, GPUS[gpu])
         what = "timing" if there else "counting"
         rows = [r | facts for r in track(found, what, total=len(wanted), console=Console(stderr=True), transient=True)]
-        if stylegan3 is not None and not there:
-            raise UserError("--stylegan3 is timed on a GPU, and there is none here: leave it out")
         if stylegan3 is not None:
             rows += [r | facts for r in train_stylegan3.bench(stylegan3, wanted, turns, train_gpu.Gpu())]
         if there or out is not None:

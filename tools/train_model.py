@@ -129,10 +129,11 @@ def products(func, args, kwargs, out) -> float:
 def launch_products(one: Launch) -> float:
     """Of HSR's kernels (feature_pool_triton); other kernels' products are told by the definitions."""
     places = {"pool_kernel": (0, 1), "dx_kernel": (4, 0), "dw_kernel": (0, 1)}  # of the map and of what has K
-    if not one.kernel.__module__.endswith("feature_pool_triton"):
+    function = one.kernel.fn
+    if function.__module__ != "hsrgan.kernels.feature_pool_triton":
         return 0.0
-    image, hidden = (one.arguments[i] for i in places[one.kernel.__name__])
-    k = hidden.shape[0] if one.kernel.__name__ == "pool_kernel" else hidden.shape[-1]
+    image, hidden = (one.arguments[i] for i in places[function.__name__])
+    k = hidden.shape[0] if function.__name__ == "pool_kernel" else hidden.shape[-1]
     return 2.0 * image.numel() * k
 
 
@@ -181,6 +182,11 @@ class PhaseCost:
     static: int
 
 
+def missing_seconds(found: Cost, definition: Cost, gpu: Gpu) -> float:
+    """The time of the products that the definitions have and no counted kernel accounts for."""
+    return max(0.0, definition.half - found.half) / gpu.matrix + max(0.0, definition.full - found.full) / gpu.vector
+
+
 def phase_cost(t: Training, phase: Phase, batch: Round, gpu: Gpu, backend: str) -> PhaseCost:
     net, other = (t.g, t.d) if phase.network == "G" else (t.d, t.g)
     other.module.requires_grad_(False)
@@ -188,11 +194,10 @@ def phase_cost(t: Training, phase: Phase, batch: Round, gpu: Gpu, backend: str) 
     with counting(t, gpu, backend) as counter:
         gradients, _ = phase.gradients(batch)
     found, peak = counter.cost, counter.peak
-    if backend == "triton":  # products that the definitions have and no counted kernel
+    if backend == "triton":
         with counting(t, gpu, "torch") as definition:
             phase.gradients(batch)
-        half, full = (max(0.0, getattr(definition.cost, kind) - getattr(found, kind)) for kind in ("half", "full"))
-        found.seconds += half / gpu.matrix + full / gpu.vector
+        found.seconds += missing_seconds(found, definition.cost, gpu)
     with counting(t, gpu, backend) as counter:
         net.mend(gradients)
         net.optimizer.zero_grad(set_to_none=True)
