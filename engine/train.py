@@ -32,6 +32,7 @@ from hsrgan.engine.stats import Meter, RunLog
 from hsrgan.engine.teacher import load_teacher
 
 HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+HEADS = {"fp32": None, "fp16": torch.bfloat16, "bf16": torch.bfloat16}  # nothing clamps what HSR's heads compute
 
 
 def train(recipe_path: Path, overrides: list[str]) -> None:
@@ -165,7 +166,7 @@ def _networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
         if world.device.type == "cuda":
             teacher.to_bf16()
         widths = {r: generator.synthesis.channels[r] for r in recipe.hsr.layers}
-        heads = HSRHeads(widths, teacher.channels, hidden=recipe.hsr.hidden).to(world.device)
+        heads = HSRHeads(widths, teacher.channels, recipe.hsr.hidden, HEADS[recipe.precision]).to(world.device)
     return generator.to(world.device), discriminator.to(world.device), heads, teacher
 
 

@@ -149,3 +149,23 @@ def test_a_resolution_of_weight_zero_is_not_run(heads, features, targets):
 def test_heads_need_a_feature_for_every_target():
     with pytest.raises(ValueError, match=r"\[8\].*\[16\]"):
         HSRHeads({16: 4}, {8: 4})
+
+
+@pytest.mark.parametrize("distance", ["mse", "cosine"])
+def test_heads_in_half_precision_are_those_of_fp32_within_the_format(heads, features, targets, distance):
+    """Their products round features, weights, hidden values and predictions to 8 bits; parameters stay fp32. A ReLU
+    that tips over moves a gradient by a whole term, of which there are few here.
+    """
+    heads = heads.float()
+    features = {r: f.detach().float().requires_grad_() for r, f in features.items()}
+    targets = {r: t.float() for r, t in targets.items()}
+    wanted = [*heads.parameters(), *features.values()]
+    found = []
+    for half in (None, torch.bfloat16):
+        heads.half_dtype = half
+        loss = heads.loss(features, targets, distance=distance)
+        found.append([loss.detach(), *torch.autograd.grad(loss, wanted)])
+    errors = [float((half - full).norm() / full.norm()) for full, half in zip(*found, strict=True)]
+    assert errors[0] < 4 * 2**-8 and max(errors) < 25 * 2**-8
+    assert all(half.dtype == torch.float32 for half in found[1])
+    assert any(not torch.equal(full, half) for full, half in zip(*found, strict=True))

@@ -18,7 +18,7 @@ from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.phases import GeneratorWithHeads, Phase, Round, Training, run_phase
 from hsrgan.engine.stats import Meter
 from hsrgan.engine.teacher import Teacher, create_timm
-from hsrgan.engine.train import HALF
+from hsrgan.engine.train import HALF, HEADS
 
 TEACHER = "vit_base_patch16_224"  # of the HSR paper's recipe; weights are random here, which costs the same
 
@@ -69,7 +69,7 @@ def plain_training(recipe: Recipe, device: torch.device, teacher: Teacher | None
         heads = None
         if recipe.hsr:
             widths = {r: g.synthesis.channels[r] for r in recipe.hsr.layers}
-            heads = HSRHeads(widths, teacher.channels, hidden=recipe.hsr.hidden)
+            heads = HSRHeads(widths, teacher.channels, recipe.hsr.hidden, HEADS[recipe.precision])
     return Training(
         recipe=recipe,
         world=World(0, 1, 0, 1, host),
