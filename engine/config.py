@@ -144,6 +144,7 @@ class Recipe(Section):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: int = Field(0, ge=0, le=3)
+    cuda_graphs: bool = True                        # replay each phase as one graph; without effect on a CPU
     tick_kimg: Positive = 4.0                       # one line of log.jsonl
     checkpoint_kimg: Positive = 50.0
     image_kimg: Positive = 50.0

@@ -278,6 +278,7 @@ def open_stream(
         num_workers=workers,
         worker_init_fn=_start_worker,
         multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
+        pin_memory=torch.cuda.is_available(),  # or each copy to the GPU would first wait for it
     )
     return _batches(iter(loader), manifest.num_classes)
 

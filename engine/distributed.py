@@ -132,13 +132,16 @@ class Sharded:
         self.names = [name for name, _ in module.named_parameters()]
         self.parameters = list(module.parameters())
         self.module, self.zero_stage = module, zero_stage
+        zero: dict[str, object] = {"stage": zero_stage, "overlap_comm": False}
+        if zero_stage in (1, 2):
+            zero["compute_grad_norm"] = False  # not used here, and read to the host in every step
         config = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0 and clips in silence
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
-            "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+            "zero_optimization": zero,
         }
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False

@@ -47,13 +47,16 @@ class HSRHeads(nn.Module):
     """One predictor for each chosen resolution; trained by G's optimiser, dropped at inference.
 
     channels {r: C_r} of the generator's features, targets {r: C_t} of the teacher's maps (`Teacher.channels`).
+    half_dtype: that of the products, None for the features' own; parameters and distance keep theirs.
     State-dict keys: `heads.{r}.conv1x1_{1,2}.{weight,bias}`.
     """
 
-    def __init__(self, channels: Mapping[int, int], targets: Mapping[int, int], hidden: int = 4096) -> None:
+    def __init__(self, channels: Mapping[int, int], targets: Mapping[int, int], hidden: int = 4096,
+                 half_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if not targets or not set(targets) <= set(channels):
             raise ValueError(f"targets has resolutions {sorted(targets)}, channels has {sorted(channels)}")
+        self.half_dtype = half_dtype
         self.heads = nn.ModuleDict({str(r): HSRHead(channels[r], hidden, targets[r]) for r in sorted(targets)})
 
     @property
@@ -74,17 +77,15 @@ class HSRHeads(nn.Module):
             if weight == 0:
                 continue
             feature = features[r].detach() if detach else features[r]
+            feature = feature.to(self.half_dtype or feature.dtype)
             terms.append(weight * self.heads[str(r)](feature, targets[r].detach(), distance))
         if not terms:
             raise ValueError("every weight of the HSR resolutions is zero: leave HSR out instead")
         return torch.stack(terms).sum()
 
 
-def hsr_term(weight: float, heads: HSRHeads, teacher: Callable[[Tensor], Mapping[int, Tensor]],
-             features: Mapping[int, Tensor], img: Tensor, *, weights: Mapping[int, float] | None = None,
-             distance: str = "mse", detach: bool = False) -> Tensor | None:
-    """λ·L_HSR of un-augmented fakes img [N, C, H, W]; None, with neither teacher nor heads run, when λ is 0."""
-    if weight == 0:
-        return None
-    targets = teacher(img.detach())
-    return weight * heads.loss(features, targets, weights=weights, distance=distance, detach=detach)
+def hsr_term(heads: HSRHeads, teacher: Callable[[Tensor], Mapping[int, Tensor]], features: Mapping[int, Tensor],
+             img: Tensor, *, weights: Mapping[int, float] | None = None, distance: str = "mse",
+             detach: bool = False) -> Tensor:
+    """L_HSR of un-augmented fakes img [N, C, H, W], before its weight λ."""
+    return heads.loss(features, teacher(img.detach()), weights=weights, distance=distance, detach=detach)

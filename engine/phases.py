@@ -3,20 +3,26 @@ loss.
 
 StyleGAN2's four (arXiv 1912.04958): main and lazy path-length phases of G, main and lazy R1 phases of D. HSR (arXiv
 2208.03764) is one term of G's main phase. A loss is a mean over the phase's images.
+
+Whatever changes from step to step reaches a loss as a tensor of its `Round`, and whatever it wants to tell leaves it as
+a tensor of its `Told`: so that a phase's gradients can be a CUDA graph (graphs.py), a loss must read nothing to the
+host and change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hsrgan.engine import losses
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import Sharded, World, gathered, mean_over_ranks
-from hsrgan.engine.draws import Draws, Latents, interleaved
+from hsrgan.engine.draws import Draws, interleaved
+from hsrgan.engine.graphs import direct, fresh_leaves
 from hsrgan.engine.hsr import hsr_term
 from hsrgan.engine.stats import Meter
 
@@ -31,25 +37,39 @@ class GeneratorWithHeads(nn.Module):
 
 @dataclass(frozen=True)
 class Round:
-    """One round of a phase on one rank: the numbers of its images in the run, their latents, and the reals at the
-    same positions.
+    """What one round of a phase on one rank computes from, on the device; None where the phase has no use for it.
 
-    reals: [n, C, R, R] in [−1, 1], real_c [n, num_classes].
-    cutoff: where style mixing takes the second z. images: seen before this step.
+    z and z_mix [n, z_dim], the latents and those of style mixing; cutoff [], where z_mix takes over in the ws (num_ws:
+    nowhere); c [n, num_classes]; noise [n, noise_size]; y [n, C, R, R] path-length directions, N(0, 1).
+    reals [n, C, R, R] in [−1, 1] at the same positions of the run, real_c [n, num_classes].
+    hsr_weight [], λ; None while HSR is off.
     """
 
-    stream: int
-    positions: Sequence[int]
-    latents: Latents
-    cutoff: int
-    images: int
-    reals: torch.Tensor
-    real_c: torch.Tensor
+    z: Tensor | None = None
+    z_mix: Tensor | None = None
+    cutoff: Tensor | None = None
+    c: Tensor | None = None
+    noise: Tensor | None = None
+    y: Tensor | None = None
+    reals: Tensor | None = None
+    real_c: Tensor | None = None
+    hsr_weight: Tensor | None = None
+
+
+class Told(NamedTuple):
+    """What a loss tells beside its value: `means`, whose elements the meter averages, and `each` [n, …], one value an
+    image, whose mean over the phase's whole batch goes to `Phase.finish`.
+    """
+
+    means: dict[str, Tensor]
+    each: Tensor | None = None
 
 
 @dataclass
 class Training:
-    """Everything that the phases share. `pl_mean` is a device tensor, one value the same on all ranks."""
+    """Everything that the phases share. `pl_mean` is a device tensor, one value the same on all ranks. `call` calls a
+    phase's `gradients`: eagerly, or as a graph.
+    """
 
     recipe: Recipe
     world: World
@@ -58,8 +78,9 @@ class Training:
     d: Sharded
     teacher: nn.Module | None
     meter: Meter
-    pl_mean: torch.Tensor
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    pl_mean: Tensor
+    call: Callable[..., Any] = direct
+    indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property
     def generator(self) -> nn.Module:
@@ -69,27 +90,24 @@ class Training:
     def discriminator(self) -> nn.Module:
         return self.d.module
 
-    def styles(self, batch: Round) -> torch.Tensor:
+    def scalar(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[] on the device, filled there: a copy from the host would wait for the device."""
+        return torch.full((), value, dtype=dtype, device=self.world.device)
+
+    def rows(self, rows: tuple[int, ...]) -> Tensor:
+        """[n] on the device, copied there once."""
+        if rows not in self.indices:
+            self.indices[rows] = torch.tensor(rows, device=self.world.device)
+        return self.indices[rows]
+
+    def styles(self, batch: Round) -> Tensor:
         """ws [n, num_ws, w_dim], mixed from two latents at the cutoff."""
-        mapping, (z, z_mix, c) = self.generator.mapping, batch.latents
-        if batch.cutoff == self.generator.num_ws:
-            return mapping(z, c)
-        ws, mixed = mapping(torch.cat([z, z_mix]), torch.cat([c, c])).chunk(2)
-        return torch.cat([ws[:, : batch.cutoff], mixed[:, batch.cutoff :]], dim=1)
-
-    def noise(self, batch: Round) -> torch.Tensor:
-        return self.draws.noise(batch.stream, batch.positions, self.generator.synthesis.noise_size)
-
-    def add_to_mean(self, name: str, values: torch.Tensor) -> None:
-        """Collect values [n, …] whose mean over the phase's whole batch is taken by `phase_mean`."""
-        total, count = values.detach().sum(0), values.shape[0]
-        if name in self.sums:
-            total, count = self.sums[name][0] + total, self.sums[name][1] + count
-        self.sums[name] = (total, count)
-
-    def phase_mean(self, name: str) -> torch.Tensor:
-        total, count = self.sums.pop(name)
-        return mean_over_ranks(total / count)
+        mapping = self.generator.mapping
+        if batch.z_mix is None:
+            return mapping(batch.z, batch.c)
+        ws, mixed = mapping(torch.cat([batch.z, batch.z_mix]), torch.cat([batch.c, batch.c])).chunk(2)
+        first = torch.arange(self.generator.num_ws, device=ws.device)[:, None] < batch.cutoff
+        return torch.where(first, ws, mixed)
 
 
 class Phase:
@@ -105,11 +123,38 @@ class Phase:
     def __init__(self, training: Training, interval: int = 1):
         self.training, self.interval = training, interval
 
-    def loss(self, batch: Round) -> torch.Tensor:
+    def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
+        """The fields of the Round of the images at `positions` of the run, in a step that `images` were seen before:
+        here what a fake is made from. reals, real_c: those of the round.
+        """
+        t, recipe = self.training, self.training.recipe
+        latents = t.draws.latents(self.stream, positions, t.generator.z_dim)
+        noise = t.draws.noise(self.stream, positions, t.generator.synthesis.noise_size)
+        found = {"z": latents.z, "c": latents.c, "noise": noise}
+        if recipe.generator.mixing_prob > 0:
+            # the same computation in every step, whether or not it mixes: a recorded one cannot branch
+            cutoff = t.draws.mixing_cutoff(self.stream, images, t.generator.num_ws, recipe.generator.mixing_prob)
+            found |= {"z_mix": latents.z_mix, "cutoff": t.scalar(cutoff, torch.int64)}
+        return found
+
+    def loss(self, batch: Round) -> tuple[Tensor, Told]:
         raise NotImplementedError  # every phase below defines it
 
-    def finish(self) -> None:
-        """Called once after the last round, outside any graph."""
+    def gradients(self, batch: Round) -> tuple[list[Tensor | None], Told]:
+        """Of the loss, as it counts in the phase's step, by the parameters of the network, in their order; None for one
+        that has no part in it. `each` is summed over the round's images.
+        """
+        t = self.training
+        net = t.g if self.network == "G" else t.d
+        with fresh_leaves(net.module) as leaves:
+            loss, told = self.loss(batch)
+            loss = loss * (self.interval / t.recipe.accumulation)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        means = {name: value.detach() for name, value in told.means.items()}
+        return list(gradients), Told(means, None if told.each is None else told.each.detach().sum(0))
+
+    def finish(self, mean: Tensor | None) -> None:
+        """Called once after the step. mean: of what the losses told of `each` image, over all rounds and ranks."""
 
 
 class GMain(Phase):
@@ -117,27 +162,29 @@ class GMain(Phase):
 
     name, network, stream = "Gmain", "G", 0
 
-    def loss(self, batch: Round) -> torch.Tensor:
-        t = self.training
-        hsr = t.recipe.hsr
-        weight = losses.hsr_weight(batch.images / 1000, hsr.weight, hsr.start_kimg, hsr.ramp_kimg) if hsr else 0.0
-        ws, noise = t.styles(batch), t.noise(batch)
-        if weight > 0:
-            fakes, features = t.generator.synthesis(ws, noise=noise, return_features=tuple(hsr.layers))
+    def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
+        found, hsr = super().inputs(images, positions, reals, real_c), self.training.recipe.hsr
+        weight = losses.hsr_weight(images / 1000, hsr.weight, hsr.start_kimg, hsr.ramp_kimg) if hsr else 0.0
+        return found | {"hsr_weight": self.training.scalar(weight)} if weight > 0 else found
+
+    def loss(self, batch: Round) -> tuple[Tensor, Told]:
+        t, hsr = self.training, self.training.recipe.hsr
+        ws, regularised = t.styles(batch), batch.hsr_weight is not None
+        if regularised:
+            fakes, features = t.generator.synthesis(ws, noise=batch.noise, return_features=tuple(hsr.layers))
         else:
-            fakes = t.generator.synthesis(ws, noise=noise)
-        logits = t.discriminator(fakes, batch.latents.c)
-        adversarial = losses.logistic_g(logits)
-        t.meter.add("loss/G", adversarial)
-        t.meter.add("score/fake", logits)
-        if weight > 0:
+            fakes = t.generator.synthesis(ws, noise=batch.noise)
+        logits = t.discriminator(fakes, batch.c)
+        loss = losses.logistic_g(logits)
+        means = {"loss/G": loss, "score/fake": logits}
+        if regularised:
             regulariser = hsr_term(
-                weight, t.g.module.heads, t.teacher, features, fakes,
+                t.g.module.heads, t.teacher, features, fakes,
                 weights=hsr.weights_per_res, distance=hsr.distance, detach=hsr.detach,
             )  # fmt: skip
-            t.meter.add("loss/hsr", regulariser / weight)
-            adversarial = adversarial + regulariser
-        return adversarial
+            means["loss/hsr"] = regulariser
+            loss = loss + batch.hsr_weight * regulariser
+        return loss, Told(means)
 
 
 class GReg(Phase):
@@ -151,22 +198,23 @@ class GReg(Phase):
         super().__init__(training, interval)
         self.shrink = training.recipe.path_length.batch_shrink
 
-    def loss(self, batch: Round) -> torch.Tensor:
+    def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
+        y = self.training.draws.directions(self.stream, positions, reals.shape[1:])
+        y = y.contiguous(memory_format=torch.channels_last)  # or the image's gradient would be NCHW through all of G
+        return super().inputs(images, positions, reals, real_c) | {"y": y}
+
+    def loss(self, batch: Round) -> tuple[Tensor, Told]:
         t, settings = self.training, self.training.recipe.path_length
         ws = t.styles(batch)
-        fakes = t.generator.synthesis(ws, noise=t.noise(batch))
-        y = t.draws.directions(batch.stream, batch.positions, fakes.shape[1:]) / fakes[0, 0].numel() ** 0.5
-        lengths = losses.path_lengths(fakes, ws, y)
+        fakes = t.generator.synthesis(ws, noise=batch.noise)
+        lengths = losses.path_lengths(fakes, ws, batch.y / fakes[0, 0].numel() ** 0.5)
         mean = losses.path_mean(t.pl_mean, lengths.mean(), settings.decay) if settings.parity else t.pl_mean
         penalty = losses.path_penalty(lengths, mean)
-        t.add_to_mean("path_length", lengths)
-        t.meter.add("path_length", lengths)
-        t.meter.add("loss/path", penalty)
-        return settings.weight * penalty
+        return settings.weight * penalty, Told({"path_length": lengths, "loss/path": penalty}, each=lengths)
 
-    def finish(self) -> None:
+    def finish(self, mean: Tensor | None) -> None:
         t = self.training
-        t.pl_mean.copy_(losses.path_mean(t.pl_mean, t.phase_mean("path_length"), t.recipe.path_length.decay))
+        t.pl_mean.copy_(losses.path_mean(t.pl_mean, mean, t.recipe.path_length.decay))
 
 
 class DMain(Phase):
@@ -176,23 +224,22 @@ class DMain(Phase):
 
     name, network, stream = "Dmain", "D", 2
 
-    def loss(self, batch: Round) -> torch.Tensor:
+    def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
+        return super().inputs(images, positions, reals, real_c) | {"reals": reals, "real_c": real_c}
+
+    def loss(self, batch: Round) -> tuple[Tensor, Told]:
         t = self.training
         with torch.no_grad():
             ws = t.styles(batch)
-            fakes = t.generator.synthesis(ws, noise=t.noise(batch))
-        t.add_to_mean("w", ws[:, 0])
-        images, labels = torch.cat([fakes, batch.reals]), torch.cat([batch.latents.c, batch.real_c])
+            fakes = t.generator.synthesis(ws, noise=batch.noise)
+        images, labels = torch.cat([fakes, batch.reals]), torch.cat([batch.c, batch.real_c])
         fake_logits, real_logits = t.discriminator(images, labels, parts=2).chunk(2)
         loss = losses.logistic_d_fake(fake_logits) + losses.logistic_d_real(real_logits)
-        t.meter.add("score/fake_d", fake_logits)
-        t.meter.add("score/real", real_logits)
-        t.meter.add("loss/D", loss)
-        return loss
+        return loss, Told({"score/fake_d": fake_logits, "score/real": real_logits, "loss/D": loss}, each=ws[:, 0])
 
-    def finish(self) -> None:
+    def finish(self, mean: Tensor | None) -> None:
         t = self.training
-        t.generator.mapping.update_w_avg(t.phase_mean("w")[None], t.recipe.generator.w_avg_beta)
+        t.generator.mapping.update_w_avg(mean[None], t.recipe.generator.w_avg_beta)
 
 
 class DReg(Phase):
@@ -200,12 +247,14 @@ class DReg(Phase):
 
     name, network, stream = "Dreg", "D", 3
 
-    def loss(self, batch: Round) -> torch.Tensor:
+    def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
+        return {"reals": reals, "real_c": real_c}
+
+    def loss(self, batch: Round) -> tuple[Tensor, Told]:
         t = self.training
         reals = batch.reals.detach().requires_grad_(True)
         penalty = losses.r1_penalty(t.discriminator(reals, batch.real_c), reals, t.recipe.r1.gamma)
-        t.meter.add("loss/r1", penalty)
-        return penalty
+        return penalty, Told({"loss/r1": penalty})
 
 
 def build_phases(training: Training) -> list[Phase]:
@@ -220,24 +269,23 @@ def build_phases(training: Training) -> list[Phase]:
     return phases
 
 
-def _rounds(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_c: torch.Tensor) -> Iterator[Round]:
+def rounds(phase: Phase, t: Training, images: int, reals: Tensor, real_c: Tensor) -> Iterator[Round]:
     """This rank's part of the phase's global batch, which begins at position `images`, cut into the recipe's rounds
     of accumulation.
     """
-    recipe, generator = t.recipe, t.generator
+    recipe = t.recipe
     per_rank = recipe.batch // phase.shrink // t.world.size
     count = per_rank // recipe.accumulation
     # a phase on a part of the batch shows D nothing, so it has no minibatch-std groups to keep together
     order = interleaved(count, min(recipe.discriminator.mbstd_group_size, count) if phase.shrink == 1 else 1)
-    cutoff = t.draws.mixing_cutoff(phase.stream, images, generator.num_ws, recipe.generator.mixing_prob)
     for first in range(0, per_rank, count):
-        rows = [first + row for row in order]
+        rows = tuple(first + row for row in order)
         positions = [images + t.world.rank * per_rank + row for row in rows]
-        latents = t.draws.latents(phase.stream, positions, generator.z_dim)
-        yield Round(phase.stream, positions, latents, cutoff, images, reals[rows], real_c[rows])
+        index = t.rows(rows)
+        yield Round(**phase.inputs(images, positions, reals[index], real_c[index]))
 
 
-def run_phase(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_c: torch.Tensor) -> None:
+def run_phase(phase: Phase, t: Training, images: int, reals: Tensor, real_c: Tensor) -> None:
     """Differentiate the phase's loss over all rounds, the other network frozen, and take one step of its own.
 
     A lazy phase's loss is multiplied by its interval; rounds are averaged. reals [batch / ranks, C, R, R], the rank's
@@ -245,18 +293,25 @@ def run_phase(phase: Phase, t: Training, images: int, reals: torch.Tensor, real_
     """
     net, other = (t.g, t.d) if phase.network == "G" else (t.d, t.g)
     other.module.requires_grad_(False)
-    total: list[torch.Tensor | None] = [None] * len(net.parameters)
+    total: list[Tensor | None] = [None] * len(net.parameters)
+    each = None
     with gathered(net, other):
-        for batch in _rounds(phase, t, images, reals, real_c):
-            loss = phase.loss(batch) * (phase.interval / t.recipe.accumulation)
-            gradients = torch.autograd.grad(loss, net.parameters, allow_unused=True)
-            total = [_plus(mine, more) for mine, more in zip(total, gradients, strict=True)]
+        for batch in rounds(phase, t, images, reals, real_c):
+            gradients, told = t.call(phase.name, phase.gradients, batch)
+            for name, values in told.means.items():
+                t.meter.add(name, values)
+            if t.recipe.accumulation == 1:
+                total, each = gradients, told.each
+            else:  # the next round may be the same graph, which writes where this one did
+                total = [_plus(mine, more) for mine, more in zip(total, gradients, strict=True)]
+                each = _plus(each, told.each)
         net.step(total)
     other.module.requires_grad_(True)
-    phase.finish()
+    phase.finish(None if each is None else mean_over_ranks(each / (t.recipe.batch // phase.shrink // t.world.size)))
 
 
-def _plus(total: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    if total is None or gradient is None:
-        return total if gradient is None else gradient
-    return total + gradient
+def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """A new tensor, unless there is nothing to add."""
+    if more is None:
+        return total
+    return more.clone() if total is None else total + more

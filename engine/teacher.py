@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ class Teacher(nn.Module):
         # ((x + 1)/2 − mean)/std as one multiply-add: x·scale + shift
         self.register_buffer("scale", (0.5 / std_c).float().view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", ((0.5 - mean_c) / std_c).float().view(1, -1, 1, 1), persistent=False)
+        self.in_bf16 = False
         self.train(False)
         maps = self._probe()
         self.channels = {r: m.shape[1] for r, m in maps.items()}
@@ -93,10 +95,26 @@ class Teacher(nn.Module):
         if x.shape[1] not in (1, self.scale.shape[1]):
             raise ValueError(f"img has {x.shape[1]} channels; the teacher takes 1 or {self.scale.shape[1]}")
         x = x * self.scale + self.shift  # a grey image is repeated by broadcasting
-        maps = self.net.forward_intermediates(x, indices=self.indices, norm=True, stop_early=True,
-                                              output_fmt="NCHW", intermediates_only=True)
-        by_index = dict(zip(self.indices, maps, strict=True))
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if self.in_bf16 else nullcontext():
+            maps = self.net.forward_intermediates(x, indices=self.indices, norm=True, stop_early=True,
+                                                  output_fmt="NCHW", intermediates_only=True)
+        by_index = {index: m.to(x.dtype) for index, m in zip(self.indices, maps, strict=True)}
         return {r: by_index[index] for r, index in self.layers.items()}
+
+    def to_bf16(self) -> Teacher:
+        """From here on products take bf16 and sum in fp32, as is right for a GPU; norms, residual sums and what comes
+        out stay fp32. The products' weights are held in bf16: constants, which autocast would cast in every call.
+
+        Raises UserError where timm's fused attention is switched off.
+        """
+        slow = [name for name, m in self.net.named_modules() if getattr(m, "fused_attn", True) is False]
+        if slow:
+            raise UserError(f"hsr.teacher: timm's fused attention is off ({slow[0]}): unset TIMM_FUSED_ATTN")
+        for m in self.net.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                m.to(torch.bfloat16)
+        self.in_bf16 = True
+        return self
 
 
 def load_teacher(name_or_file: str, *, weights: str | None = None, layers: Mapping[int, int],

@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 
-from hsrgan.engine import checkpoint, distributed
+from hsrgan.engine import checkpoint, distributed, graphs
 from hsrgan.engine.aside import writable
 from hsrgan.engine.config import Data, Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
@@ -32,6 +32,7 @@ from hsrgan.engine.stats import Meter, RunLog
 from hsrgan.engine.teacher import load_teacher
 
 HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+HEADS = {"fp32": None, "fp16": torch.bfloat16, "bf16": torch.bfloat16}  # nothing clamps what HSR's heads compute
 
 
 def train(recipe_path: Path, overrides: list[str]) -> None:
@@ -75,6 +76,7 @@ def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> Non
     phases, total = build_phases(t), round(recipe.kimg * 1000)
     out = Outputs(t, manifest, g_ema)
     with RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank) as log:
+        t.call = graphs.caller(recipe.cuda_graphs, world, recipe.zero_stage, log.message)
         if images:
             log.message(f"resuming at {images / 1000:g} kimg")
         else:
@@ -161,8 +163,10 @@ def _networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
             layers=recipe.hsr.layers,
             parity_normalize=recipe.hsr.parity_normalize,
         ).to(world.device)
+        if world.device.type == "cuda":
+            teacher.to_bf16()
         widths = {r: generator.synthesis.channels[r] for r in recipe.hsr.layers}
-        heads = HSRHeads(widths, teacher.channels, hidden=recipe.hsr.hidden).to(world.device)
+        heads = HSRHeads(widths, teacher.channels, recipe.hsr.hidden, HEADS[recipe.precision]).to(world.device)
     return generator.to(world.device), discriminator.to(world.device), heads, teacher
 
 

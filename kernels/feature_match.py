@@ -47,7 +47,7 @@ class _FeatureMatch(torch.autograd.Function):
         features, *weights = leaves
         pixels = max(x.shape[2] * x.shape[3], target.shape[2] * target.shape[3])
         chunk = max(1, HIDDEN_VALUES // (w1.shape[0] * pixels))
-        loss = x.new_zeros(())
+        loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, target.dtype))
         gradients = [torch.zeros_like(t) if need else None for t, need in zip(leaves, wanted, strict=True)]
         for i in range(0, len(x), chunk):
             part = features[i : i + chunk].detach().requires_grad_(wanted[0])
@@ -74,14 +74,16 @@ class _FeatureMatch(torch.autograd.Function):
 
 
 def _pooled_first(x, w1, b1, w2, b2, target, distance):
-    """`feature_match_torch`, with the convolutions as matrix products over [..., channels] and the resize where it
-    costs less.
+    """`feature_match_torch`, with the convolutions as matrix products over [..., channels], in the dtype of x, and the
+    resize where it costs less.
     """
     grid = target.shape[2:]
-    hidden = F.relu(F.linear(x.permute(0, 2, 3, 1), w1.flatten(1) * SQRT2, b1 * SQRT2), inplace=True)
+    w1, b1, w2, b2 = ((w1.flatten(1) * SQRT2).to(x.dtype), (b1 * SQRT2).to(x.dtype),
+                      w2.flatten(1).to(x.dtype), b2.to(x.dtype))  # fmt: skip
+    hidden = F.relu(F.linear(x.permute(0, 2, 3, 1), w1, b1), inplace=True)
     if grid[0] * grid[1] < x.shape[2] * x.shape[3]:
         hidden = _area_resize(hidden, grid)
-    prediction = F.linear(hidden, w2.flatten(1), b2)
+    prediction = F.linear(hidden, w2, b2)
     if prediction.shape[1:3] != grid:
         prediction = _area_resize(prediction, grid)
     return distance_torch(prediction.permute(0, 3, 1, 2), target, distance)
@@ -111,7 +113,9 @@ def feature_match(
     """The HSR loss of one resolution → scalar.
 
     x [N, C, H, W] features; w1 [K, C, 1, 1] and w2 [Ct, K, 1, 1] already scaled (equalised learning rate), b1 [K], b2
-    [Ct]; target [N, Ct, h, w], a constant. First order only: differentiating a gradient raises.
+    [Ct]; target [N, Ct, h, w], a constant. The products are in the dtype of x, which may be narrower than the weights'
+    and the target's, in which the distance and the weights' gradients are. First order only: differentiating a gradient
+    raises.
     """
     launch.check_images(x)
     launch.check_shape(w1, "w1", w1.shape[0], x.shape[1], 1, 1)

@@ -242,3 +242,35 @@ def test_pickled_objects_are_refused(tmp_path):
 def test_input_size_after_the_name(tmp_path):
     teacher = load_teacher(f"{VIT}@96", weights=_weights(tmp_path), layers={8: 0})
     assert teacher.grids == {8: (6, 6)} and teacher.input_size == (96, 96)
+
+
+BF16 = 2**-8 / 3**0.5  # of one rounding: at most 2⁻⁸, evenly spread
+
+
+@pytest.mark.parametrize("kind", ["vit", "conv"])
+def test_bf16_features_are_those_of_fp32_within_the_format(img, kind, monkeypatch):
+    """Roundings in a row add up as the root of their number: three a product (both factors, the result)."""
+    attended = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest, **kw: attended.append(q.dtype)
+                        or fused(q, *rest, **kw))  # fmt: skip
+    if kind == "vit":
+        teacher, products = Teacher(small_vit(), {8: 2, 16: 0}, (16, 16), MEAN, STD), {8: 13, 16: 5}
+    else:
+        torch.manual_seed(0)
+        teacher = Teacher(timm.create_model("resnet10t"), {8: 3, 16: 1}, (32, 32), MEAN, STD)
+        products = {8: 14, 16: 8}
+    want = teacher(img)
+    attended.clear()
+    got = teacher.to_bf16()(img)
+    assert set(attended) == ({torch.bfloat16} if kind == "vit" else set())
+    for r, expected in want.items():
+        error = float((got[r] - expected).norm() / expected.norm())
+        assert got[r].dtype == torch.float32 and 0 < error < BF16 * (3 * products[r]) ** 0.5, (r, error)
+
+
+def test_attention_that_is_not_fused_is_refused(img):
+    teacher = Teacher(small_vit(), {8: 2}, (16, 16), MEAN, STD)
+    teacher.net.blocks[1].attn.fused_attn = False
+    with pytest.raises(UserError, match=r"blocks\.1\.attn.*TIMM_FUSED_ATTN"):
+        teacher.to_bf16()

@@ -1,0 +1,227 @@
+"""tools/bench_train.py: the static model against counts by hand; the GPU's path on the CPU, clock faked."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_graphs import Replayed
+from typer.testing import CliRunner
+
+from hsrgan.engine.errors import UserError
+from hsrgan.engine.graphs import Graphs, direct
+from hsrgan.kernels import bias_act, bias_act_torch, feature_match
+from hsrgan.kernels.builds import GPUS
+from hsrgan.tools import bench_train, kernel_shapes, train_gpu, train_model, train_stylegan3, train_variants
+from hsrgan.tools.plain_training import plain_training, random_teacher
+from hsrgan.tools.train_model import Cost, Counter, counting
+from hsrgan.tools.train_variants import KEYS, Variant
+
+H200 = GPUS["H200"]
+SMALL = {"embed_dim": 8, "num_heads": 2}  # with the 12 blocks that the layers name
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """A model of 64×64 with few channels, and a teacher that a CPU can run."""
+    monkeypatch.setitem(kernel_shapes.MODELS, "tiny", (64, 256))
+    monkeypatch.setattr(train_variants, "HIDDEN", 16)
+    monkeypatch.setattr(train_variants, "CHANNEL_MAX", 16)
+
+    def teacher(layers):
+        return random_teacher(layers, "vit_tiny_patch16_224", **SMALL)
+
+    monkeypatch.setattr(train_gpu, "random_teacher", teacher)
+    monkeypatch.setattr(train_model, "random_teacher", teacher)
+
+
+def variant(**changes) -> Variant:
+    return Variant(**{"model": "tiny", "precision": "bf16", "batch": 4, "hsr": False, "backend": "torch",
+                      "graphs": False} | changes)  # fmt: skip
+
+
+def meta(*shape: int, dtype=torch.float16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def test_a_product_and_a_copy_are_counted_by_hand():
+    x, w = meta(8, 64, 32, 32), meta(128, 64, 3, 3)
+    with Counter(H200) as counter:
+        F.conv2d(x, w, padding=1).mul_(2)
+    y = 8 * 128 * 32 * 32 * 2
+    flops = 2 * 8 * 128 * 32 * 32 * 64 * 9
+    assert counter.cost.kernels == 2 and counter.cost.half == flops and counter.cost.full == 0
+    assert counter.cost.moved == x.nbytes + w.nbytes + y + 2 * y
+    floor = max((x.nbytes + w.nbytes + y) / H200.bandwidth, flops / H200.matrix) + 2 * y / H200.bandwidth
+    assert counter.cost.seconds == pytest.approx(floor)
+
+
+def test_a_fir_and_views_are_no_products():
+    x, f = meta(2, 8, 16, 16), meta(8, 1, 4, 4)
+    with Counter(H200) as counter:
+        y = F.conv2d(x, f, groups=8).view(2, -1)[:, :3].expand(2, 3)
+        torch.empty_like(y)
+    assert counter.cost.kernels == 1 and counter.cost.half == 0
+
+
+def test_peak_follows_what_is_alive():
+    with Counter(H200) as counter:
+        a = meta(1000)
+        b = a + 1
+        del a
+        c = b + 1  # a's memory is free by now
+        del b, c
+    assert counter.peak == 2 * 2000 and counter.now == 0
+
+
+def test_launches_are_counted_and_hold_no_memory():
+    t = plain_training(train_variants.recipe(variant()), torch.device("meta"), None)
+    x = meta(4, 16, 8, 8)
+    with counting(t, H200, "triton") as counter:
+        for _ in range(10):
+            bias_act(x, act="lrelu")
+    assert counter.cost.kernels == 10 and counter.cost.moved == 10 * 2 * x.nbytes
+    assert counter.peak <= 2 * x.nbytes
+    with counting(t, H200, "torch") as definition:
+        bias_act_torch(x, act="lrelu")
+    assert definition.cost.moved == 2 * 2 * x.nbytes  # lrelu, gain
+
+
+def test_costs_add_up():
+    total = Cost(1, 2.0, 3.0, 4.0, 5.0).plus(Cost(10, 10.0, 10.0, 10.0, 10.0), 0.5)
+    assert total == Cost(6, 7.0, 8.0, 9.0, 10.0)
+
+
+def test_products_of_hsr_are_counted_and_others_are_told_by_the_definitions():
+    n, c, r, k, ct, grid = 2, 32, 16, 64, 24, 7
+    t = plain_training(train_variants.recipe(variant()), torch.device("meta"), None)
+    shapes = [(n, c, r, r), (k, c, 1, 1), (k,), (ct, k, 1, 1), (ct,), (n, ct, grid, grid)]
+    leaves = [meta(*shape, dtype=torch.float32).requires_grad_() for shape in shapes]
+    with counting(t, H200, "triton") as counter:
+        torch.autograd.grad(feature_match(*leaves), leaves[:5])
+    assert counter.cost.full == 3 * 2 * n * (r * r * c * k + grid * grid * k * ct) and counter.cost.half == 0
+    convolution = Cost(half=5e9, full=1e9)
+    seconds = train_model.missing_seconds(Cost(half=2e9, full=4e9), convolution, H200)
+    assert seconds == pytest.approx(3e9 / H200.matrix)
+
+
+def test_the_command_models_every_variant_and_says_that_nothing_was_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = CliRunner().invoke(bench_train.app, ["--model", "tiny", "--batch", "4", "--out", str(tmp_path / "rows")])
+    assert run.exit_code == 0 and run.output.count("NOTHING WAS TIMED") == 1 and "nothing was timed" in run.output
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert rows[0]["device"] == "H200 (data sheet)" and rows[0]["date"] and rows[0]["versions"]
+    assert next(csv.DictReader((tmp_path / "rows.csv").open())).keys() == set(KEYS)
+    assert len(rows) == 8 and all(set(row) == set(KEYS) and row["timed"] is False for row in rows)
+    by = {(row["hsr"], row["kernels"], row["graphs"]): row for row in rows}
+    for hsr in (False, True):
+        for graphs in (False, True):
+            off, on = by[hsr, False, graphs], by[hsr, True, graphs]
+            assert on["img_s"] > off["img_s"] and on["kernels_per_step"] < off["kernels_per_step"]
+            assert on["step_p20"] is None
+        eager, graphed = by[hsr, True, False], by[hsr, True, True]
+        assert graphed["step_p50"] == eager["step_p50"] and graphed["peak_bytes"] > eager["peak_bytes"]
+        assert graphed["host_launches_per_step"] < eager["host_launches_per_step"] / 4
+    assert by[True, True, False]["Gmain"] > by[False, True, False]["Gmain"]
+    row = by[False, True, False]
+    step = row["Gmain"] + row["Greg"] / 4 + row["Dmain"] + row["Dreg"] / 16 + row["rest"]
+    assert row["step_p50"] == pytest.approx(step) and row["img_s"] == pytest.approx(4 / step)
+
+
+@pytest.mark.parametrize(
+    ("options", "naming"),
+    [
+        (["--model", "ffhq"], "--model ffhq"),
+        (["--model", "tiny", "--gpu", "X1"], "--gpu X1"),
+        (["--model", "tiny", "--precision", "int8"], "--precision int8"),
+        (["--model", "tiny", "--batch", "3"], "--batch 3"),
+        (["--model", "tiny", "--stylegan3", "x"], "--stylegan3"),
+        (["--model", "tiny", "--resolutions", "32"], "--resolutions"),
+        (["--resolutions", "33"], "--resolutions 33"),
+    ],
+)
+def test_mistakes_get_one_line(options, naming, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = CliRunner().invoke(bench_train.app, options)
+    assert run.exit_code == 2 and naming in run.output and len(run.output.strip().splitlines()) == 1
+
+
+class Fake:
+    """Probes for the CPU: a clock that ticks a second a call, graphs of test_graphs."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.ran = 0
+
+    def seconds(self, run):
+        run()
+        return 1.0
+
+    def peak(self, run):
+        run()
+        return 7
+
+    def launches(self, run):
+        return 160, 32
+
+    def caller(self, graphs):
+        return Graphs(Replayed(), self.refuse) if graphs else direct
+
+    def refuse(self, line):
+        raise AssertionError(line)
+
+
+@pytest.fixture
+def _once(monkeypatch):
+    """One timed step a cycle: what is tested is the bookkeeping."""
+    monkeypatch.setattr(math, "lcm", lambda *intervals: 2)
+
+
+def test_a_variant_is_checked_and_timed(_once):
+    both = [variant(), variant(hsr=True, graphs=True)]
+    rows = list(train_gpu.bench(both, 1, Fake()))
+    assert [row["graphs"] for row in rows] == [False, True] and all(set(row) == set(KEYS) for row in rows)
+    for row in rows:
+        assert row["timed"] is True and row["peak_bytes"] == 7 and row["step_p50"] == 0.5 and row["img_s"] == 8
+        assert (row["kernels_per_step"], row["host_launches_per_step"]) == (80, 16)
+
+
+def test_a_wrong_gradient_stops_the_benchmark():
+    class Wrong(Fake):
+        def caller(self, graphs):
+            def call(name, function, batch):
+                gradients, told = function(batch)
+                return [None if g is None else g * (1.2 if name == "Dreg" else 1) for g in gradients], told
+
+            return call if graphs else direct
+
+    with pytest.raises(UserError, match=r"Dreg is off by .* nothing timed"):
+        next(train_gpu.bench([variant(graphs=True)], 1, Wrong()))
+
+
+CHECKOUT = """
+from hsrgan.engine.model import Discriminator as Ours, Generator
+
+class Discriminator(Ours):
+    def __init__(self, c_dim, img_resolution, img_channels, *, epilogue_kwargs, **widths):
+        super().__init__(c_dim, img_resolution, img_channels, **epilogue_kwargs, **widths)
+
+    def forward(self, img, c):
+        return super().forward(img, c) * SCALE
+"""
+
+
+def test_a_checkout_of_stylegan3_becomes_a_rival(tmp_path, _once):
+    (tmp_path / "training").mkdir()
+    module = tmp_path / "training" / "networks_stylegan2.py"
+    module.write_text(CHECKOUT.replace("SCALE", "1"))
+    (row,) = train_stylegan3.bench(tmp_path, [variant(precision="fp32")], 1, Fake())
+    assert row["provider"] == "stylegan3" and row["step_p50"] == 0.5 and not row["kernels"]
+    module.write_text(CHECKOUT.replace("SCALE", "1.5"))
+    with pytest.raises(UserError, match=r"logits differ from ours by 5\.0e-01"):
+        list(train_stylegan3.bench(tmp_path, [variant(precision="fp32")], 1, Fake()))
+    with pytest.raises(UserError, match="name a checkout of stylegan3"):
+        list(train_stylegan3.bench(tmp_path / "training", [variant()], 1, Fake()))

@@ -1,0 +1,94 @@
+"""A training run's phases without DeepSpeed, data or files: what is timed, modelled and tested as the step.
+
+Everything is as in engine/train.py but the two engines, for which `Plain` stands in, and the teacher, which is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hsrgan.engine.config import Recipe
+from hsrgan.engine.distributed import World, lazy_adam
+from hsrgan.engine.draws import Draws
+from hsrgan.engine.hsr import HSRHeads
+from hsrgan.engine.model import Discriminator, Generator
+from hsrgan.engine.phases import GeneratorWithHeads, Phase, Round, Training, run_phase
+from hsrgan.engine.stats import Meter
+from hsrgan.engine.teacher import Teacher, create_timm
+from hsrgan.engine.train import HALF, HEADS
+
+TEACHER = "vit_base_patch16_224"  # of the HSR paper's recipe; weights are random here, which costs the same
+
+
+class Plain:
+    """In place of engine.distributed.Sharded: one network and its Adam on one device."""
+
+    zero_stage = 0
+
+    def __init__(self, module: nn.Module, lr: float, interval: int) -> None:
+        self.module, self.parameters = module, list(module.parameters())
+        self.optimizer = lazy_adam(self.parameters, lr, 0.0, 0.99, 1e-8, interval)
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        self.mend(gradients)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def mend(self, gradients: Sequence[Tensor | None]) -> None:
+        """Finite gradients for all parameters."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            found = torch.zeros_like(parameter) if gradient is None else gradient
+            parameter.grad = torch.nan_to_num(found, nan=0.0, posinf=1e5, neginf=-1e5)
+
+
+def random_teacher(layers: dict[int, int], model: str = TEACHER, **kwargs: object) -> Teacher:
+    """`model` with random weights and statistics of 0.5, fed 224 pixels, on PyTorch's default device."""
+    net = create_timm(model, **kwargs)
+    return Teacher(net, layers, tuple(net.pretrained_cfg["input_size"][1:]), (0.5,) * 3, (0.5,) * 3)
+
+
+def plain_training(recipe: Recipe, device: torch.device, teacher: Teacher | None, num_classes: int = 0) -> Training:
+    """The recipe's networks from its seed, of `num_classes` classes, with everything that its phases need.
+
+    device "meta": networks without values; rounds are drawn on the CPU and taken there by `on_meta`.
+    """
+    host = torch.device("cpu") if device.type == "meta" else device
+    torch.manual_seed(recipe.seed)
+    shape = {
+        "c_dim": num_classes,
+        "img_resolution": recipe.data.resolution,
+        "img_channels": recipe.data.channels,
+        "half_dtype": HALF[recipe.precision],
+    }
+    with torch.device(device):
+        g = Generator(**recipe.generator.model_dump(exclude={"mixing_prob", "lr", "w_avg_beta"}), **shape)
+        d = Discriminator(**recipe.discriminator.model_dump(exclude={"lr"}), **shape)
+        heads = None
+        if recipe.hsr:
+            widths = {r: g.synthesis.channels[r] for r in recipe.hsr.layers}
+            heads = HSRHeads(widths, teacher.channels, recipe.hsr.hidden, HEADS[recipe.precision])
+    return Training(
+        recipe=recipe,
+        world=World(0, 1, 0, 1, host),
+        draws=Draws(recipe.seed, host, [1] * num_classes),
+        g=Plain(GeneratorWithHeads(g, heads), recipe.generator.lr, recipe.path_length.interval),
+        d=Plain(d, recipe.discriminator.lr, recipe.r1.interval),
+        teacher=teacher,
+        meter=Meter(host),
+        pl_mean=torch.zeros((), device=device),
+    )
+
+
+def on_meta(batch: Round) -> Round:
+    """The round's shapes without its values."""
+    return Round(**{name: None if value is None else value.to("meta") for name, value in vars(batch).items()})
+
+
+def run_step(t: Training, phases: Sequence[Phase], images: int, reals: Tensor, real_c: Tensor) -> None:
+    """One step: every phase whose turn it is after `images` images."""
+    for phase in phases:
+        if images // t.recipe.batch % phase.interval == 0:
+            run_phase(phase, t, images, reals, real_c)
