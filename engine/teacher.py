@@ -15,20 +15,30 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.tensor_files import misfit, one_line, read_pth, read_safetensors
 
 FORMAT = "hsrgan-teacher-1"
 # What the code released with HSR normalises with: CLIP's mean beside ImageNet's standard deviation.
 PARITY_MEAN, PARITY_STD = (0.48145466, 0.4578275, 0.40821073), (0.229, 0.224, 0.225)
 # Arguments of timm.create_model that make it read or fetch other files; none may come out of a teacher file.
 _FILE_KWARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
+class Backbone(NamedTuple):
+    """A timm network and what it is fed: input_size (h, w); mean and std of images in [0, 1], one value a channel."""
+
+    net: nn.Module
+    input_size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
 class Teacher(nn.Module):
@@ -99,12 +109,12 @@ def load_teacher(name_or_file: str, *, weights: str | None = None, layers: Mappi
     if name_or_file.endswith(".safetensors"):
         if weights is not None:
             raise UserError(f"hsr.weights goes with a timm name; {name_or_file} holds its own: leave hsr.weights out")
-        net, size, mean, std = _from_teacher_file(Path(name_or_file))
+        net, size, mean, std = read_teacher_file(Path(name_or_file))
     elif Path(name_or_file).is_file():
         raise UserError(f"hsr.teacher {name_or_file} is a weights file: put the timm name in hsr.teacher and the file "
                         "in hsr.weights")
     else:
-        net, size, mean, std = _from_timm_name(name_or_file, weights)
+        net, size, mean, std = open_timm(name_or_file, weights)
     if parity_normalize:
         mean, std = PARITY_MEAN, PARITY_STD
     return Teacher(net, layers, size, mean, std)
@@ -132,39 +142,39 @@ def create_timm(model: str, **kwargs: object) -> nn.Module:
     if not timm.is_model(model):
         close = difflib.get_close_matches(model.split(".")[0], timm.list_models(), n=1)
         hint = f": did you mean {close[0]}?" if close else ""
-        raise UserError(f"teacher {model!r} is neither a timm model nor a .safetensors file{hint}")
+        raise UserError(f"{model!r} is neither a timm model nor a .safetensors file{hint}")
     try:
         return timm.create_model(model, pretrained=False, **kwargs)
     except Exception as error:  # timm raises whatever its constructors do
-        raise UserError(f"timm cannot build teacher {model!r} with {kwargs}: {_one_line(error)}") from None
+        raise UserError(f"timm cannot build {model!r} with {kwargs}: {one_line(error)}") from None
 
 
-def _from_teacher_file(path: Path) -> tuple[nn.Module, tuple[int, int], Sequence[float], Sequence[float]]:
-    state, metadata = _read_safetensors(path)
+def read_teacher_file(path: Path) -> Backbone:
+    """The network of a file made by save_teacher; UserError when the file is anything else."""
+    state, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"hsr.teacher {path} is no teacher file (its format is {metadata.get('format')!r}, not "
-                        f"{FORMAT!r}): make one with tools/fit_teacher.py, or give a timm name with this file as "
-                        "hsr.weights")
+        raise UserError(f"{path} is no teacher file (its format is {metadata.get('format')!r}, not {FORMAT!r}): make "
+                        "one with tools/fit_teacher.py, or give a timm name with this file as its weights")
     try:
         model, kwargs = metadata["model"], json.loads(metadata["kwargs"])
         size, mean, std = (json.loads(metadata[k]) for k in ("input_size", "mean", "std"))
     except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"hsr.teacher {path}: unreadable metadata ({_one_line(error)}): make the file again with "
+        raise UserError(f"teacher file {path}: unreadable metadata ({one_line(error)}): make the file again with "
                         "tools/fit_teacher.py") from None
     if refused := sorted(_FILE_KWARGS & kwargs.keys()):
-        raise UserError(f"hsr.teacher {path}: its metadata passes {refused} to timm, which a teacher file must not")
+        raise UserError(f"teacher file {path}: its metadata passes {refused} to timm, which a teacher file must not")
     net = create_timm(model, **kwargs)
     _load_strictly(net, state, path, model, classifier=())
-    return net, tuple(size), mean, std
+    return Backbone(net, tuple(size), mean, std)
 
 
-def _from_timm_name(name: str, weights: str | None
-                    ) -> tuple[nn.Module, tuple[int, int], Sequence[float], Sequence[float]]:
+def open_timm(name: str, weights: str | None) -> Backbone:
+    """The timm network `name` (perhaps with @SIZE) with the weights of a file, or None: what timm finds."""
     import timm
 
     model, _, size_text = name.partition("@")
     if size_text and not size_text.isdecimal():
-        raise UserError(f"hsr.teacher {name!r}: after @ comes the input size in pixels, such as @224")
+        raise UserError(f"timm model {name!r}: after @ comes the input size in pixels, such as @224")
     # The model keeps its own classifier until the weights are in: another num_classes would turn strictness off.
     net = create_timm(model)
     cfg = net.pretrained_cfg
@@ -172,17 +182,17 @@ def _from_timm_name(name: str, weights: str | None
         try:
             net = timm.create_model(model, pretrained=True)
         except Exception as error:  # no weights published, no network, a damaged cache: many types, one meaning
-            raise UserError(f"hsr.teacher {model!r}: timm could not get its weights ({_one_line(error)}): set "
+            raise UserError(f"hsr.teacher {model!r}: timm could not get its weights ({one_line(error)}): set "
                             "hsr.weights to a file that holds them") from None
     else:
         path = Path(weights)
-        state = _read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_pth(path)
+        state = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pth(path)
         convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
         if convert is not None and state.keys() != net.state_dict().keys():
             try:
                 state = convert(state, net)  # timm's reading of the original authors' key names
             except Exception as error:
-                raise _wrong_architecture(path, model, _one_line(error)) from None
+                raise _wrong_architecture(path, model, one_line(error)) from None
         classifier = cfg.get("classifier") or ()
         _load_strictly(net, state, path, model, (classifier,) if isinstance(classifier, str) else tuple(classifier))
     size = (int(size_text),) * 2 if size_text else tuple(cfg["input_size"][1:])
@@ -190,8 +200,8 @@ def _from_timm_name(name: str, weights: str | None
         try:
             net.set_input_size(size)  # resamples the position table; convolutional nets need nothing
         except Exception as error:
-            raise UserError(f"hsr.teacher {name!r} cannot take images of {size_text} px: {_one_line(error)}") from None
-    return net, size, cfg["mean"], cfg["std"]
+            raise UserError(f"timm model {name!r} cannot take images of {size_text} px: {one_line(error)}") from None
+    return Backbone(net, size, cfg["mean"], cfg["std"])
 
 
 def _load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: Path, model: str,
@@ -200,52 +210,11 @@ def _load_strictly(net: nn.Module, state: Mapping[str, Tensor], path: Path, mode
     def backbone(keys: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v for k, v in keys.items() if not k.startswith(tuple(f"{c}." for c in classifier))}
 
-    want, have = backbone(net.state_dict()), backbone(state)
-    if missing := [k for k in want if k not in have]:
-        raise _wrong_architecture(path, model, f"it lacks {len(missing)} of {len(want)} tensors, first {missing[0]}")
-    if extra := [k for k in have if k not in want]:
-        raise _wrong_architecture(path, model, f"{len(extra)} tensors are none of the model's, first {extra[0]}")
-    for k, v in want.items():
-        if v.shape != have[k].shape:
-            raise _wrong_architecture(path, model, f"{k} is {list(have[k].shape)} there and {list(v.shape)} here")
+    have = backbone(state)
+    if detail := misfit(backbone(net.state_dict()), have):
+        raise _wrong_architecture(path, model, detail)
     net.load_state_dict(have, strict=False)  # compared above; what remains is the unused classifier
 
 
 def _wrong_architecture(path: Path, model: str, detail: str) -> UserError:
-    return UserError(f"teacher weights {path} are not of {model}: {detail}; give the timm name they belong to")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    _must_exist(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no iterator)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"teacher file {path} is damaged or no safetensors file ({_one_line(error)}): copy it or make "
-                        "it again") from None
-
-
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    _must_exist(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged zip, or a pickle of something other than tensors
-        raise UserError(f"hsr.weights {path} cannot be read as plain tensors ({_one_line(error)}): save its state dict "
-                        "as .safetensors") from None
-    for key in ("state_dict", "model", "teacher"):  # training checkpoints wrap the weights
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise UserError(f"hsr.weights {path} holds a {type(content).__name__}, not a state dict of tensors")
-    return {k.removeprefix("module.").removeprefix("backbone."): v for k, v in content.items()}
-
-
-def _must_exist(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"teacher file {path} does not exist: check hsr.teacher and hsr.weights, or make one with "
-                        "tools/fit_teacher.py")
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else text[:199] + "…"
+    return UserError(f"weights {path} are not of {model}: {detail}; give the timm name they belong to")

@@ -11,7 +11,8 @@ OURS = {"engine", "kernels", "tools", "recipes"}
 
 KERNELS = {"hsrgan.kernels"}
 NETWORKS = KERNELS | {"hsrgan.engine.errors", "hsrgan.engine.layers", "hsrgan.engine.blocks", "hsrgan.engine.model"}
-OBJECTIVES = NETWORKS | {"hsrgan.engine.losses", "hsrgan.engine.teacher", "hsrgan.engine.ema"}
+OBJECTIVES = NETWORKS | {"hsrgan.engine.losses", "hsrgan.engine.teacher", "hsrgan.engine.ema",
+                         "hsrgan.engine.tensor_files"}
 ALLOWED = {  # what a module may import of ours; a prefix stands for everything below it
     "hsrgan.kernels": KERNELS,
     **dict.fromkeys(NETWORKS - KERNELS, NETWORKS),
