@@ -27,7 +27,7 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     ticks = [row for row in rows if "event" not in row]
     kimg = np.array([row["kimg"] for row in ticks])
     panels: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for row in ticks for name in row if name not in NOT_CURVES):
+    for name in dict.fromkeys(name for row in ticks for name in row if _is_curve(name)):
         kind = name if name.startswith(METRIC) else name.split("/")[0]
         panels.setdefault(kind if kind in PANELS or kind == name else "penalty", []).append(name)
     if not panels:
@@ -48,6 +48,10 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     axes.set_xlabel("thousands of real images shown (kimg)")
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
+
+
+def _is_curve(name: str) -> bool:
+    return name not in NOT_CURVES and not name.endswith("_std")  # a metric's spread is no curve
 
 
 def _number(value: object) -> float:

@@ -68,8 +68,9 @@ class Scoring:
         scalars = {f"metric/{name}": value for result in results for name, value in result["values"].items()}
         log.scores(images, scalars | {"since_best": self.since_best}, time.perf_counter() - began)
         scores = ", ".join(f"{result['metric']} {shown(result)}" for result in results)
-        evaluations = "this one" if not self.since_best else f"{shown(self.best)} at {self.best['kimg']:g} kimg"
-        log.message(f"{images / 1000:g} kimg: {scores}; best: {evaluations}, {self.since_best} evaluations since")
+        since = f"{self.since_best} evaluation{'s' * (self.since_best != 1)} since"
+        best = f"{shown(self.best)} at {self.best['kimg']:g} kimg, {since}" if self.since_best else "this one"
+        log.message(f"{images / 1000:g} kimg: {scores}; best: {best}")
 
     def _better(self, result: dict) -> bool:
         best = self.best
