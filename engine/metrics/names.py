@@ -40,10 +40,9 @@ class Metric:
     def reals_of(self, available: int, where: str) -> int:
         """How many of the `available` reals it takes. Raises `UserError` for too few."""
         if available < self.reals and not self.full:
-            remedy = self.name.replace("3", "3_full") if self.kind == "pr" else f"{self.name}_full"
             raise UserError(
                 f"{self.name} compares with {self.reals:,} real images and {where} holds {available:,}: "
-                f"{remedy} takes all there are"
+                f"{self.name}_full takes all there are"
             )
         return min(available, self.reals)
 

@@ -1,7 +1,7 @@
 """Statistics of real images, kept between runs by what the images are and how they were seen, never by their path.
 
-Each is `<key>.safetensors`, with the facts that the key is the hash of beside it in `<key>.json`, for people. The
-tensors come last and are renamed into place, so an entry with tensors is whole.
+Each is `<key>.safetensors`, with the facts that the key is the hash of beside it in `<key>.json`, for people. Both are
+written aside and renamed when they are whole.
 """
 
 from __future__ import annotations
@@ -74,12 +74,10 @@ class RealCache:
     def _write(self, kind: str, facts: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
         if not self.world.first:
             return
-        path = self._path(kind, facts)
-        with folder_lock(self.folder, wait=True):  # another run may be at the same statistics
-            with written_aside(path.with_suffix(".json")) as aside:
-                aside.write_text(json.dumps({"format": FORMAT, "kind": kind, **facts}, indent=1), encoding="utf-8")
-            with written_aside(path) as aside:
-                save_file({key: value.contiguous() for key, value in tensors.items()}, aside, {"format": FORMAT})
+        path, lock = self._path(kind, facts), folder_lock(self.folder, wait=True)  # another run may be at the same
+        with lock, written_aside(path.with_suffix(".json")) as beside, written_aside(path) as aside:
+            beside.write_text(json.dumps({"format": FORMAT, "kind": kind, **facts}, indent=1), encoding="utf-8")
+            save_file({key: value.contiguous() for key, value in tensors.items()}, aside, {"format": FORMAT})
 
 
 def _read(path: Path, *keys: str) -> dict[str, Tensor] | None:

@@ -231,7 +231,8 @@ class Scorer:
         return self._pass(units, needs, self._label("fakes", needs))
 
     def _label(self, side: str, needs: Iterable[str]) -> str:
-        return f"{side} for {', '.join(name for name, spec in self.spec.items() if spec in needs)}"
+        taking = [m.name for m in self.metrics if self.spec[m.name] in needs and (m.reals or side == "fakes")]
+        return f"{side} for {', '.join(taking)}"
 
     def _needs(self, *, fakes: bool) -> dict[str, Needs]:
         needs = {}
