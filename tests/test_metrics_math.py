@@ -177,6 +177,15 @@ def test_precision_and_recall_against_brute_force(monkeypatch):
     assert seen[-1] == (320, 320)
 
 
+def test_twins_are_no_distance_apart():
+    """In products of 512 terms their |a|² + |b|² − 2ab is not 0 but for rounding."""
+    x = draw(300, 512, seed=1) * 30
+    assert (x.square().sum(1) + x.square().sum(1) - 2 * (x @ x.T).diagonal() != 0).any()
+    distances = pr.squared_distances(x, x)
+    assert (distances.diagonal() == 0).all() and (distances != 0).sum() == 300 * 299
+    assert distances[0, 1].item() == pytest.approx((x[0] - x[1]).square().sum().item(), rel=1e-12)
+
+
 def test_units_cover_every_position_once_for_any_ranks_and_batch():
     for count, batch, size in itertools.product((1, 16, 100, 333), (1, 16, 40, 1000), (1, 2, 3)):
         worlds = [World(rank, size, rank, size, torch.device("cpu")) for rank in range(size)]

@@ -208,6 +208,22 @@ def test_fid_infinity_is_the_fit_of_the_fids(shards, monkeypatch):
     assert found["fid_infinity"] == pytest.approx(fit[1], rel=1e-9) and fit[0] > 0
 
 
+def test_metrics_of_a_generator_alone_have_a_table(shards, monkeypatch):
+    metrics = parse_metrics("ppl2_wend,fid50_full")
+    with pytest.raises(UserError, match="ppl2_wend is not among"):
+        scorer(shards, metrics)
+
+    def load(world, extras):
+        return lambda job: registry.Outcome(
+            {"ppl2_wend": extras["x"] + sum(job.class_counts)}, job.seed, {"network": str(job.generator.c_dim)}
+        )
+
+    monkeypatch.setitem(registry.GENERATOR_METRICS, "ppl2_wend", load)
+    result, other = scorer(shards, metrics, extras={"x": 0.5}).score(generator())
+    assert (result["value"], result["fakes"], result["reals"], result["protocol"]) == (210.5, 3, 0, {"network": "10"})
+    assert other["metric"] == "fid50_full"
+
+
 def test_progress_counts_every_image(shards):
     seen = {}
 

@@ -207,7 +207,7 @@ def test_init_from_restarts_the_count(workspace, reference):
     assert 0 < (first[key] - second[key]).abs().max() < 0.05  # one step away from where it came from
 
 
-SCORED = ("metrics_kimg=0.08", f"metrics={{names: 'fid200_full,kid200_full', features: {TEACHER}}}")
+SCORED = ("metrics_kimg=0.08", f"metrics={{names: 'fid200_full,fid100_full', features: {TEACHER}}}")
 
 
 def test_scoring_does_not_change_training_and_keeps_the_best(workspace, reference, monkeypatch):
@@ -223,7 +223,7 @@ def test_scoring_does_not_change_training_and_keeps_the_best(workspace, referenc
     run = workspace / "scored"
     rows = [row for row in read_log(run / "log.jsonl") if "metric/fid200_full" in row]
     assert [row["kimg"] for row in rows] == [0.08, 0.16, 0.24, 0.32]
-    assert all(row["metric/kid200_full"] > 0 for row in rows)
+    assert all(row["metric/fid100_full"] > 0 for row in rows)
 
     best = run / "snapshots" / "best.safetensors"
     generator, metadata = load_snapshot(best)

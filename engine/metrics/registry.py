@@ -50,8 +50,10 @@ class Outcome:
     protocol: dict[str, str]
 
 
-# Metrics that take a generator and no reals (path length, separability, linearity), by name. A collective.
-GENERATOR_METRICS: dict[str, Callable[[Job], Outcome]] = {}
+# Metrics of a generator alone (path length, separability, linearity), by name: given the rank's world and the caller's
+# `extras`, each loads what it needs, raising `UserError` where that is missing, and gives the function that scores (a
+# collective).
+GENERATOR_METRICS: dict[str, Callable[[World, Mapping[str, Any]], Callable[[Job], Outcome]]] = {}
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Scorer:
     """Scores any number of generators against one data set. Every rank makes one and calls the same methods.
 
     extractors: for each spec in `needed_extractors`, on the rank's device. manifest None: only metrics without reals.
-    progress: told what the pass is for, and how far all ranks are, as this rank sees it.
+    progress: told what the pass is for, and how far all ranks are, as this rank sees it. extras: for GENERATOR_METRICS.
     Raises `UserError` for fewer reals than a metric asks for, and for a metric that cannot be taken of these features.
     """
 
@@ -100,12 +102,14 @@ class Scorer:
         workers: int = 0,
         cache: RealCache | None = None,
         progress: Progress = lambda *_: None,
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         self.metrics, self.extractors, self.manifest, self.world = list(metrics), extractors, manifest, world
         self.spec = {metric.name: spec_of(metric, features) for metric in metrics}
         self.seed, self.batch, self.covariance, self.workers = seed, batch, covariance, workers
         self.cache, self.progress = cache, progress
         self.real_statistics: dict[str, Statistics] | None = None
+        self.of_generator: dict[str, Callable[[Job], Outcome]] = {}
         for metric in self.metrics:
             if metric.reals and manifest is None:
                 raise UserError(f"{metric.name} compares with real images: name their shards with --data")
@@ -114,8 +118,10 @@ class Scorer:
                     f"{metric.name} needs the logits of inception, which {self.spec[metric.name]} has not: leave "
                     f"{metric.name} or the other features out"
                 )
-            if not metric.features and metric.kind not in GENERATOR_METRICS:
-                raise UserError(f"{metric.name} is not among the metrics of this version")
+            if not metric.features:
+                if metric.kind not in GENERATOR_METRICS:
+                    raise UserError(f"{metric.name} is not among the metrics of this version: leave it out")
+                self.of_generator[metric.name] = GENERATOR_METRICS[metric.kind](world, extras or {})
         self.reals = {metric.name: self._reals_of(metric) for metric in self.metrics}
 
     def _reals_of(self, metric: Metric) -> int:
@@ -159,7 +165,7 @@ class Scorer:
                 else:
                     class_counts = self.manifest.class_counts if generator.c_dim else ()
                     job = Job(metric, generator, self.seed, self.batch, self.world, class_counts, self.progress)
-                    outcome, spent = GENERATOR_METRICS[metric.kind](job), 0.0
+                    outcome, spent = self.of_generator[metric.name](job), 0.0
                 results.append(self._result(metric, outcome, spent + time.perf_counter() - began))
         return from_first(results)
 
