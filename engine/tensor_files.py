@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,11 +29,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_pth(path: Path) -> dict[str, Tensor]:
     """The state dict of a .pth file of plain tensors, unwrapped; a pickle of anything else is refused unexecuted."""
     _must_exist(path)
+    if _is_torchscript(path):
+        raise UserError(f"weights file {path} is a TorchScript archive, which holds code that would be run: save its "
+                        "state dict as .safetensors")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.load's thoughts on old pickles
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip, or a pickle of something other than tensors
-        raise UserError(f"weights file {path} cannot be read as plain tensors ({_refusal(path, error)}): save its "
-                        "state dict as .safetensors") from None
+        raise UserError(f"weights file {path} cannot be read as plain tensors ({_refusal(error)}): save its state dict "
+                        "as .safetensors") from None
     for key in ("state_dict", "model", "teacher"):  # training checkpoints wrap the weights
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -62,15 +68,21 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _refusal(path: Path, error: Exception) -> str:
-    """Why torch.load refused: the thing it would have had to execute, rather than the first lines of its advice."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return "it is a TorchScript archive, which holds code"
+def _refusal(error: Exception) -> str:
+    """Why torch.load refused, instead of its advice on how to load the file all the same."""
     if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"its pickle calls {called[1]}, and could run anything"
-    return one_line(error)
+    if "Weights only load failed" in str(error):
+        return "its pickle holds more than tensors, and could run anything"
+    return f"damaged, or not written by torch.save: {one_line(error)}"
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _must_exist(path: Path) -> None:

@@ -75,7 +75,7 @@ def digits(count: int, size: int) -> Tensor:
 
 
 def pictures_of_many_sizes(count: int = 2000) -> list[Tensor]:
-    """`count` real images uint8 [n, 3, R, R], one batch a size: digits at 16, crops at 32, 64, 160, 320, a fifth each."""
+    """`count` images, uint8 [n, 3, R, R], one batch a size: digits at 16, crops at 32, 64, 160, 320; a fifth each."""
     share = count // 5
     batches = [digits(share, 16).expand(-1, 3, -1, -1).contiguous()]
     return batches + [crops(share, size, seed=size) for size in (32, 64, 160, 320)]

@@ -31,7 +31,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 class Extractor(nn.Module):
     """φ: uint8 images → features, in eval mode and without gradients, in full fp32 on any device.
 
-    name as in a spec, without file names; dim of a feature; protocol: what its figures depend on, text → text
+    name: of the network, without file names; dim of a feature; protocol: what its figures depend on, text → text
     (`network`, `resize`, `weights_sha256`, `dtype`), for results and cache keys.
     """
 
@@ -160,10 +160,11 @@ def _timm_extractor(spec: str) -> Extractor:
 
 def _teacher_extractor(path: Path) -> Extractor:
     net, size, mean, std = read_teacher_file(path)
-    maps = net.forward_intermediates(torch.zeros(1, len(mean), *size), intermediates_only=True)
+    with torch.no_grad():  # in eval mode, or batch norms would learn from this image
+        maps = net.eval().forward_intermediates(torch.zeros(1, len(mean), *size), intermediates_only=True)
     teacher = Teacher(net, {0: len(maps) - 1}, size, mean, std)
     prepare = Prepare("area", size[0], [127.5], [127.5])  # to [−1, 1]: a teacher resizes and normalises by itself
-    return _probed(f"teacher:{path.name}", _LastMap(teacher), prepare, path, size[0])
+    return _probed("teacher", _LastMap(teacher), prepare, path, size[0])
 
 
 def _probed(name: str, net: nn.Module, prepare: Prepare, file: Path, size: int) -> Extractor:

@@ -135,7 +135,7 @@ def read_weights(name: str, file: Path, *, own: bool = False) -> Weights:
     known = PUBLISHED[name]
     if not file.is_file():
         raise UserError(f"{file} does not exist: get {known.file} from {known.publisher}")
-    remedy = f"get {known.file} from {known.publisher} again, or give --own-weights for a network of your own"
+    remedy = f"get {known.file} again from {known.publisher}, or give --own-weights for a network of your own"
     size = file.stat().st_size
     if not own and known.size not in (None, size):
         raise UserError(f"{file} has {size:,} bytes and {known.file} {known.size:,}: {remedy}")
@@ -150,7 +150,7 @@ def read_weights(name: str, file: Path, *, own: bool = False) -> Weights:
         raise UserError(f"{file} is no {name} network: {detail}; {name} means {known.file} from {known.publisher}")
     tensors = {k: v.to(torch.float32, copy=True).contiguous() for k, v in state.items()}
     if bad := [k for k, v in tensors.items() if not v.isfinite().all()]:
-        raise UserError(f"{file}: {bad[0]} holds values that are no finite numbers: the file is damaged; {remedy}")
+        raise UserError(f"{file}: {bad[0]} holds values that are no finite numbers: the file is damaged, copy it again")
     return Weights(tensors, sha256, own and (known.sha256 is None or sha256 != known.sha256))
 
 
@@ -165,8 +165,9 @@ def packaged_heads() -> Path:
 def sha256_of_file(path: Path) -> str:
     """Of a file of any size; shows progress where that takes a while."""
     digest = hashlib.sha256()
-    with rich.progress.open(path, "rb", description=f"checking {path.name}", console=Console(stderr=True),
-                            transient=True, disable=path.stat().st_size < 32 << 20) as file:
+    console = Console(stderr=True)
+    with rich.progress.open(path, "rb", description=f"checking {path.name}", console=console, transient=True,
+                            disable=not console.is_terminal or path.stat().st_size < 32 << 20) as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
