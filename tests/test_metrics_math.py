@@ -246,3 +246,5 @@ def test_unknown_names_get_the_nearest(name, line):
 def test_too_few_reals_name_the_metric_that_takes_them(name):
     with pytest.raises(UserError, match=rf"shards holds 1,797: {name}_full takes all"):
         parse_metrics(name)[0].reals_of(1797, "shards")
+    with pytest.raises(UserError, match="needs 10 real images or more and shards holds 9"):
+        parse_metrics(f"{name}_full")[0].reals_of(9, "shards")

@@ -11,6 +11,7 @@ from hsrgan.engine.errors import UserError
 
 MOST_KEPT = 200_000  # reals of the metrics that keep features; as published for precision and recall
 ALL = 1 << 62
+FEWEST = 10  # images of either side
 
 PUBLISHED = (
     "fid50k_full", "fid50k", "kid50k_full", "pr50k3_full", "is50k", "fd_dinov2_50k_full", "fid_infinity",
@@ -44,6 +45,8 @@ class Metric:
                 f"{self.name} compares with {self.reals:,} real images and {where} holds {available:,}: "
                 f"{self.name}_full takes all there are"
             )
+        if available < FEWEST:
+            raise UserError(f"{self.name} needs {FEWEST} real images or more and {where} holds {available}")
         return min(available, self.reals)
 
 
@@ -59,8 +62,8 @@ def _parse(name: str) -> Metric:
             thousands = match.groupdict().get("k") and 1000
             count = int(match.groupdict().get("n") or 0) * (thousands or 1)
             metric = build(name, count, bool(match.groupdict().get("full")))
-            if match.groupdict().get("n") and metric.fakes < 10:
-                raise UserError(f"metric {name!r} asks for {count} images: it needs 10 or more")
+            if match.groupdict().get("n") and metric.fakes < FEWEST:
+                raise UserError(f"metric {name!r} asks for {count} images: it needs {FEWEST} or more")
             return metric
     nearest = max(PUBLISHED, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
     raise UserError(
