@@ -29,7 +29,8 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     panels: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for row in ticks for name in row if _is_curve(name)):
         kind = name if name.startswith(METRIC) else name.split("/")[0]
-        panels.setdefault(kind if kind in PANELS or kind == name else "penalty", []).append(name)
+        known = kind in PANELS or kind.startswith(METRIC)
+        panels.setdefault(kind if known else "penalty", []).append(name)
     if not panels:
         return
 

@@ -164,7 +164,7 @@ def test_scores_are_lines_and_panels_of_their_own(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(stats, "REDRAW_SECONDS", 0.0)
     with RunLog(tmp_path, total_kimg=200) as log:
         for kimg in (1, 2):
-            log.tick(kimg * 1000, _scalars(kimg))
+            log.tick(kimg * 1000, _scalars(kimg) | {"path_length": 0.5})
             before = log._tick_time
             log.working("fakes for fid50k_full", 0, 50_000)
             log.working("fakes for fid50k_full", 25_000, 50_000)
