@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.presets import PRESETS, preset_values
 from hsrgan.engine.recipe_file import (
     KeyPath,
@@ -132,6 +133,13 @@ class Hsr(Section):
     parity_normalize: bool = False  # the released code's mixed mean and std
 
 
+class Metrics(Section):
+    """Scores of the averaged G during training. The first of `names` decides which snapshot is the best."""
+
+    names: Text = Field(description="published names, as fid50k_full,pr50k3_full")
+    features: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # timm:MODEL:FILE or a teacher; null = own
+
+
 class Recipe(Section):
     """One training run, resolved: preset and defaults are filled in. kimg is thousands of real images everywhere."""
 
@@ -149,6 +157,7 @@ class Recipe(Section):
     checkpoint_kimg: Positive = 50.0
     image_kimg: Positive = 50.0
     snapshot_kimg: Positive = 200.0
+    metrics_kimg: Positive = 200.0                  # between two evaluations by `metrics`
     keep_checkpoints: Whole = 2
     init_from: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # checkpoint folder to branch from
     data: Data
@@ -159,6 +168,7 @@ class Recipe(Section):
     path_length: PathLength
     ema: Ema
     hsr: Hsr | None = None
+    metrics: Metrics | None = None
 
     def to_json(self) -> str:
         """The resolved recipe as one line of JSON with sorted keys: equal recipes give equal text."""
@@ -259,6 +269,8 @@ def _inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath,
         yield ("init_from",), text
     if recipe.hsr:
         yield from _hsr_inconsistencies(recipe.hsr, r, recipe.kimg)
+    if recipe.metrics:
+        yield from _metrics_inconsistencies(recipe.metrics)
 
 
 def _batch_inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, str]]:
@@ -300,6 +312,17 @@ def _hsr_inconsistencies(hsr: Hsr, resolution: int, kimg: float) -> Iterator[tup
         yield ("hsr", "weights"), f"hsr.weights goes with a timm name, {hsr.teacher} holds its own: drop the key"
     if hsr.start_kimg >= kimg:
         yield ("hsr", "start_kimg"), f"hsr.start_kimg is {hsr.start_kimg:g}, allowed: below kimg = {kimg:g}"
+
+
+def _metrics_inconsistencies(metrics: Metrics) -> Iterator[tuple[KeyPath, str]]:
+    try:
+        first = parse_metrics(metrics.names)[0]
+    except UserError as error:
+        yield ("metrics", "names"), f"metrics.names: {error}"
+        return
+    if first.kind == "pr":
+        text = f"metrics.names begins with {first.name}, allowed: a metric of one value, since it chooses the best"
+        yield ("metrics", "names"), text
 
 
 def check_paths(recipe: Recipe) -> None:

@@ -11,13 +11,15 @@ from hsrgan.engine.aside import written_aside
 
 PANELS = {"loss": "loss", "penalty": "regulariser", "score": "D's score"}  # panel: its vertical axis
 MOST_POINTS = 500  # of one curve
-NOT_CURVES = frozenset({"kimg", "images", "seconds", "img_s", "ram_gib", "gpu_gib"})
+NOT_CURVES = frozenset({"kimg", "images", "seconds", "img_s", "ram_gib", "gpu_gib", "since_best"})
+METRIC = "metric/"  # begins the names of published metrics, each with a panel of its own: their scales differ
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
     """Draw the ticks of a run (`stats.read_log`) to `path`, one panel for each kind of scalar.
 
-    `loss/…` and `score/…` have panels of their own; every other scalar is taken for a regulariser (r1, path_length).
+    `loss/…` and `score/…` have panels of their own, and so has each `metric/…`; every other scalar is taken for a
+    regulariser (r1, path_length).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -25,9 +27,10 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     ticks = [row for row in rows if "event" not in row]
     kimg = np.array([row["kimg"] for row in ticks])
     panels: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for row in ticks for name in row if name not in NOT_CURVES):
-        kind = name.split("/")[0]
-        panels.setdefault(kind if kind in PANELS else "penalty", []).append(name)
+    for name in dict.fromkeys(name for row in ticks for name in row if _is_curve(name)):
+        kind = name if name.startswith(METRIC) else name.split("/")[0]
+        known = kind in PANELS or kind.startswith(METRIC)
+        panels.setdefault(kind if known else "penalty", []).append(name)
     if not panels:
         return
 
@@ -40,12 +43,16 @@ def draw_curves(rows: list[dict], path: Path) -> None:
             marker = "." if there.sum() < 40 else None
             axes.plot(*thinned(kimg[there], values[there]), label=name, linewidth=1.2, marker=marker)
         _fit_height(axes, np.concatenate(list(curves.values())))
-        axes.set_ylabel(PANELS[kind])
+        axes.set_ylabel(PANELS.get(kind, kind.removeprefix(METRIC)))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.set_xlabel("thousands of real images shown (kimg)")
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
+
+
+def _is_curve(name: str) -> bool:
+    return name not in NOT_CURVES and not name.endswith("_std")  # a metric's spread is no curve
 
 
 def _number(value: object) -> float:

@@ -19,9 +19,12 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+
+from hsrgan.engine.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -84,12 +87,47 @@ def barrier() -> None:
         torch.distributed.barrier()
 
 
+def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """All-reduced sum, in place."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(value)
+    return value
+
+
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """All-reduced mean, in place."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(value)
+        sum_over_ranks(value)
         value /= torch.distributed.get_world_size()
     return value
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value (anything that pickles), on every rank."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        (value,) = box
+    return value
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """A `UserError` on any rank inside is raised on every rank at the end: none waits for one that has left, and the
+    first rank, which speaks for all, has something to say. No collective may stand inside.
+    """
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = str(error)
+    failures = [failure]
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        failures *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(failures, failure)
+    for failure in failures:
+        if failure is not None:
+            raise UserError(failure)
 
 
 def lazy_adam(

@@ -39,15 +39,25 @@ class Outputs:
             ).cpu()
 
     def snapshot(self, images: int) -> None:
-        if self.t.world.first:
-            manifest = self.manifest
-            facts = {"resolution": manifest.resolution, "class_names": manifest.class_names, "sha256": manifest.sha256}
-            path = self.snapshot_path(images)
-            path.parent.mkdir(exist_ok=True)
-            save_snapshot(path, self.g_ema, recipe_json=self.t.recipe.to_json(), kimg=images / 1000, dataset=facts)
+        self._save(self.snapshot_path(images), images)
+
+    def best(self, images: int, score: dict) -> None:
+        """The snapshot with the best score so far, in place of the one before."""
+        self._save(self.best_path, images, score)
 
     def snapshot_path(self, images: int) -> Path:
         return Path(self.t.recipe.run_dir) / "snapshots" / f"{images:09d}.safetensors"
+
+    @property
+    def best_path(self) -> Path:
+        return Path(self.t.recipe.run_dir) / "snapshots" / "best.safetensors"
+
+    def _save(self, path: Path, images: int, score: dict | None = None) -> None:
+        if self.t.world.first:
+            manifest, recipe = self.manifest, self.t.recipe.to_json()
+            facts = {"resolution": manifest.resolution, "class_names": manifest.class_names, "sha256": manifest.sha256}
+            path.parent.mkdir(exist_ok=True)
+            save_snapshot(path, self.g_ema, recipe_json=recipe, kimg=images / 1000, dataset=facts, score=score)
 
     def checkpoint(self, images: int) -> None:
         checkpoint.write_checkpoint(

@@ -1,8 +1,9 @@
 """Snapshots: the averaged generator as one .safetensors file, with all that is needed to use it as metadata.
 
 The file holds the generator's state dict in fp32 under the published StyleGAN2 keys. Its metadata (text → text):
-`format`, `generator` (JSON of the constructor's arguments), `recipe` (JSON of the resolved recipe), `kimg`, and
-`dataset` (JSON: class_names, resolution and so on). Nothing is unpickled.
+`format`, `generator` (JSON of the constructor's arguments), `recipe` (JSON of the resolved recipe), `kimg`, `dataset`
+(JSON: class_names, resolution and so on), and `score` where it was scored (JSON: a result of tools/eval.py). Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from hsrgan.engine.model import Generator
 FORMAT = "hsrgan-snapshot-1"
 
 
-def save_snapshot(path: Path | str, generator: nn.Module, *, recipe_json: str, kimg: float, dataset: dict) -> None:
+def save_snapshot(
+    path: Path | str, generator: nn.Module, *, recipe_json: str, kimg: float, dataset: dict, score: dict | None = None
+) -> None:
     """Write `generator` (with `init_kwargs`) to `path`, whole or not at all.
 
-    recipe_json: the resolved recipe. dataset: JSON-able facts about the training images. Raises `UserError` where the
-    folder refuses.
+    recipe_json: the resolved recipe. dataset: JSON-able facts about the training images. score: a metric's result.
+    Raises `UserError` where the folder refuses.
     """
     metadata = {
         "format": FORMAT,
@@ -35,6 +38,8 @@ def save_snapshot(path: Path | str, generator: nn.Module, *, recipe_json: str, k
         "kimg": repr(float(kimg)),
         "dataset": json.dumps(dataset),
     }
+    if score is not None:
+        metadata["score"] = json.dumps(score)
     tensors = {key: _own_copy(value) for key, value in generator.state_dict().items()}
     with written_aside(Path(path)) as aside:
         save_file(tensors, aside, metadata)
@@ -47,7 +52,7 @@ def _own_copy(value: torch.Tensor) -> torch.Tensor:
 
 def load_snapshot(path: Path | str) -> tuple[Generator, dict]:
     """The generator of a snapshot, in eval mode, without gradients, on the CPU; and its metadata, parsed:
-    `format` str, `generator` dict, `recipe` dict, `kimg` float, `dataset` dict.
+    `format` str, `generator` dict, `recipe` dict, `kimg` float, `dataset` dict, and `score` dict if it was scored.
 
     Raises `UserError` for a missing file, one that is not safetensors or is cut short, one that is not a snapshot,
     and one whose tensors do not fit the configuration it names.
@@ -67,7 +72,7 @@ def load_snapshot(path: Path | str) -> tuple[Generator, dict]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"snapshot {path}: not a whole safetensors file ({error}); copy or make it again") from error
     try:
-        for key in ("generator", "recipe", "dataset"):
+        for key in ("generator", "recipe", "dataset", *({"score"} & metadata.keys())):
             metadata[key] = json.loads(metadata[key])
         metadata["kimg"] = float(metadata["kimg"])
         generator = Generator(**metadata["generator"])

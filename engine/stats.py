@@ -100,6 +100,7 @@ class RunLog:
         self._console = Console(highlight=False)
         self._rows: list[dict] = []
         self._curves_due, self._curves_ticks = 0.0, 0
+        self._work = "", 0.0  # what `working` was last told of, and since when
 
     def __enter__(self) -> RunLog:
         self._began = self._tick_time = self._drawn = time.perf_counter()
@@ -182,16 +183,33 @@ class RunLog:
         self._tick_images, self._tick_time = images_seen, now
         row = {"kimg": images_seen / 1000, "images": images_seen, "seconds": self._seconds(), "img_s": round(rate, 2)}
         row |= {key: round(value, 3) for key, value in _memory().items()} | scalars
-        self._append(row)
-        self._rows.append(row)
-        with writable(self.run_dir / "tensorboard"):
-            for name in row.keys() - {"kimg", "images", "seconds"}:
-                self._board.add_scalar(name, row[name], images_seen)
-            self._board.flush()
-        self._draw_curves()
+        self._add_row(row)
         if not self._console.is_terminal:
             shown = "  ".join(f"{name} {value:.3g}" for name, value in scalars.items())
             self.message(f"{self._status()}  {shown}")
+
+    def scores(self, images_seen: int, scalars: dict[str, float], spent: float) -> None:
+        """Log published metrics (`metric/…`) as a line of log.jsonl of their own, to TensorBoard and the curves.
+
+        spent: seconds that they took, which do not count as training in the next tick's img_s.
+        """
+        if self._active:
+            self._tick_time += spent
+            row = {"kimg": images_seen / 1000, "images": images_seen, "seconds": self._seconds()}
+            self._add_row(row | scalars)
+
+    def working(self, what: str, done: int, total: int) -> None:
+        """Say on the progress line how far something is that training waits for; at most twice a second."""
+        now = time.perf_counter()
+        if done == 0 or what != self._work[0]:
+            self._work = what, now
+        if not self._active or now - self._drawn < REDRAW_SECONDS or not self._progress.live.is_started:
+            return
+        self._drawn = now
+        rate = done / max(now - self._work[1], 1e-9)
+        eta = _clock((total - done) / rate) if rate > 0 else "–"
+        status = f"{what}  {done}/{total}  {rate:.1f}/s  ETA {eta}"
+        self._progress.update(self._task, description=status, refresh=True)
 
     def event(self, kind: str, **fields: object) -> None:
         """One line of log.jsonl for something notable (start, resume, checkpoint), with when it happened."""
@@ -222,6 +240,15 @@ class RunLog:
         """The progress line, if there is a terminal and it has not been stopped."""
         if self._progress.live.is_started:
             self._progress.update(self._task, completed=self._images, description=self._status(), refresh=True)
+
+    def _add_row(self, row: dict) -> None:
+        self._append(row)
+        self._rows.append(row)
+        with writable(self.run_dir / "tensorboard"):
+            for name in row.keys() - {"kimg", "images", "seconds"}:
+                self._board.add_scalar(name, row[name], row["images"])
+            self._board.flush()
+        self._draw_curves()
 
     def _append(self, row: dict) -> None:
         with writable(self.run_dir / "log.jsonl"):

@@ -27,6 +27,7 @@ from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.outputs import PICTURES, Outputs
 from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
+from hsrgan.engine.scoring import Scoring
 from hsrgan.engine.shards import Manifest, load_manifest
 from hsrgan.engine.stats import Meter, RunLog
 from hsrgan.engine.teacher import load_teacher
@@ -75,6 +76,7 @@ def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> Non
     )  # fmt: skip
     phases, total = build_phases(t), round(recipe.kimg * 1000)
     out = Outputs(t, manifest, g_ema)
+    score = Scoring(out, images) if recipe.metrics else None
     with RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank) as log:
         t.call = graphs.caller(recipe.cuda_graphs, world, recipe.zero_stage, log.message)
         if images:
@@ -103,9 +105,11 @@ def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> Non
                 log.fakes(out.pictures(), images / 1000)
             if last or _crossed(recipe.snapshot_kimg, seen, images):
                 out.snapshot(images)
+            if score and (last or _crossed(recipe.metrics_kimg, seen, images)):
+                score(images, log)
             if last or _crossed(recipe.checkpoint_kimg, seen, images):
                 out.checkpoint(images)
-        log.finish({"snapshot": out.snapshot_path(images)})
+        log.finish({"snapshot": out.snapshot_path(images)} | ({"best": out.best_path} if score else {}))
 
 
 def _crossed(every_kimg: float, before: int, after: int) -> bool:

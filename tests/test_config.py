@@ -89,7 +89,8 @@ def test_shipped_recipe_parses(path, world_size):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_key_of_a_shipped_recipe_can_be_overridden(path):
     recipe = load_recipe(path)
-    keys = [key for key in KEYS if recipe.hsr or not key.startswith("hsr.")]
+    off = tuple(f"{section}." for section in ("hsr", "metrics") if getattr(recipe, section) is None)
+    keys = [key for key in KEYS if not key.startswith(off)]
     assert load_recipe(path, [f"{key}={as_yaml(value_of(recipe, key))}" for key in keys]) == recipe
 
 
@@ -373,6 +374,17 @@ MISTAKES = {
         (), ["hsr.weights=x.safetensors"], 1,
         "override hsr.weights=x.safetensors: hsr.weights goes with a timm name, "
         "teacher.safetensors holds its own: drop the key",
+    ),
+    "unknown metric": (
+        (), ["metrics={names: fid50kk}"], 1,
+        "override metrics={names: fid50kk}: metrics.names: unknown metric 'fid50kk': did you mean fid50k? Known: "
+        "fid50k_full, fid50k, kid50k_full, pr50k3_full, is50k, fd_dinov2_50k_full, fid_infinity, ppl2_wend, "
+        "ppl_wfull, ppl_zfull, ppl_wend, ppl_zend, ls, als; any number of images as in fid10k_full or fid1000_full",
+    ),
+    "a best by two values": (
+        (), ["metrics.names=pr50k3_full,fid50k_full"], 1,
+        "override metrics.names=pr50k3_full,fid50k_full: metrics.names begins with pr50k3_full, "
+        "allowed: a metric of one value, since it chooses the best",
     ),
     "HSR after the end": (
         (), ["hsr.start_kimg=100"], 1,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
+from hsrgan.engine import stats
 from hsrgan.engine.curves import thinned
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.pictures import image_grid, to_uint8
@@ -156,6 +157,26 @@ def test_step_and_curves_cost_little(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "curves.png").stat().st_mtime_ns == drawn  # not yet: drawing may take 2 % of the time
     assert (tmp_path / "curves.png").stat().st_mtime_ns > drawn
     assert "2.0/1000 kimg" in capsys.readouterr().out  # the line was there, and ends where the run ended
+
+
+def test_scores_are_lines_and_panels_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(stats, "REDRAW_SECONDS", 0.0)
+    with RunLog(tmp_path, total_kimg=200) as log:
+        for kimg in (1, 2):
+            log.tick(kimg * 1000, _scalars(kimg) | {"path_length": 0.5})
+            before = log._tick_time
+            log.working("fakes for fid50k_full", 0, 50_000)
+            log.working("fakes for fid50k_full", 25_000, 50_000)
+            scores = {"metric/fid50k_full": 9.0 - kimg, "metric/kid50k_full": 0.1, "metric/kid50k_full_std": 0.01}
+            log.scores(kimg * 1000, scores | {"since_best": 0}, spent=7.0)
+            assert log._tick_time == before + 7.0  # the next img_s is that of training
+    rows = read_log(tmp_path / "log.jsonl")
+    assert [row["kimg"] for row in rows] == [1, 1, 2, 2] and rows[3]["metric/fid50k_full"] == 7.0
+    assert "loss/G" not in rows[1] and rows[3]["since_best"] == 0
+    assert Image.open(tmp_path / "curves.png").size == (900, 1500)  # losses, scores, regularisers, and two metrics
+    out = capsys.readouterr().out
+    assert "fakes for fid50k_full  25000/50000" in out and "ETA" in out
 
 
 def test_long_curves_are_thinned_to_means():

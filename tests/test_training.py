@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "engine" / "train.py"
@@ -204,6 +205,48 @@ def test_init_from_restarts_the_count(workspace, reference):
     first, second = tensors(branch), tensors(reference)
     key = "D/b16.conv0.weight"
     assert 0 < (first[key] - second[key]).abs().max() < 0.05  # one step away from where it came from
+
+
+SCORED = ("metrics_kimg=0.08", f"metrics={{names: 'fid200_full,fid100_full', features: {TEACHER}}}")
+
+
+def test_scoring_does_not_change_training_and_keeps_the_best(workspace, reference, monkeypatch):
+    """Four evaluations in 20 steps: the same run to the last bit; then two ranks go on, from a best that stays."""
+    from hsrgan.engine.snapshot import load_snapshot, save_snapshot
+    from hsrgan.engine.stats import read_log
+    from hsrgan.tools import eval as eval_tool
+
+    monkeypatch.setenv("HSRGAN_CACHE", str(workspace / "cache"))
+    scored = train(workspace, "run_dir=scored", *SCORED)
+    first, second = tensors(scored), tensors(reference)
+    assert first.keys() == second.keys() and not [key for key in first if not torch.equal(first[key], second[key])]
+    run = workspace / "scored"
+    rows = [row for row in read_log(run / "log.jsonl") if "metric/fid200_full" in row]
+    assert [row["kimg"] for row in rows] == [0.08, 0.16, 0.24, 0.32]
+    assert all(row["metric/fid100_full"] > 0 for row in rows)
+
+    best = run / "snapshots" / "best.safetensors"
+    generator, metadata = load_snapshot(best)
+    kimg, value = min((row["metric/fid200_full"], row["kimg"]) for row in rows)[::-1]
+    assert (metadata["kimg"], metadata["score"]["value"]) == (kimg, value) and rows[-1]["since_best"] == sum(
+        row["kimg"] > kimg for row in rows
+    )
+    data = next((workspace / "datasets").glob("digits-16*"))
+    options = ["--metrics", "fid200_full", "--features", str(TEACHER), "--seed", "1", "--data", str(data)]
+    result = CliRunner().invoke(eval_tool.app, [str(best), *options])
+    assert json.loads(result.stdout)["value"] == pytest.approx(value, abs=1e-9)  # scored again from the file
+
+    unbeatable = metadata["score"] | {"value": -1.0, "kimg": 0.2}
+    save_snapshot(best, generator, recipe_json="{}", kimg=0.2, dataset={}, score=unbeatable)
+    kept = best.read_bytes()
+    train(workspace, "run_dir=scored", "kimg=0.4", *SCORED, ranks=2)
+    rows = [row for row in read_log(run / "log.jsonl") if "since_best" in row]
+    assert best.read_bytes() == kept and rows[-1]["kimg"] == 0.4 and rows[-1]["since_best"] == 3  # of .24, .32 and .4
+
+
+def test_metrics_that_cannot_be_are_refused_at_the_start(workspace, monkeypatch):
+    monkeypatch.setenv("HSRGAN_CACHE", str(workspace / "no_weights"))
+    expect_error(workspace, "run_dir=broken", "metrics={names: fid50k_full}", naming="import_weights.py inception")
 
 
 def expect_error(folder: Path, *overrides: str, naming: str) -> None:

@@ -1,0 +1,139 @@
+"""Score snapshots: `python tools/eval.py SNAPSHOT… --data shards/ --metrics fid50k_full,kid50k_full`.
+
+Under `deepspeed tools/eval.py …` the work is shared out among the GPUs; the figures stay the same.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hsrgan.engine import distributed
+from hsrgan.engine.aside import writable
+from hsrgan.engine.errors import user_errors
+from hsrgan.engine.metrics.extractor import load_extractor
+from hsrgan.engine.metrics.names import parse_metrics
+from hsrgan.engine.metrics.real_cache import RealCache
+from hsrgan.engine.metrics.registry import Scorer, needed_extractors
+from hsrgan.engine.metrics.report import Bars, comparison_chart, comparison_table
+from hsrgan.engine.metrics.weights import sha256_of_file
+from hsrgan.engine.model import Generator
+from hsrgan.engine.shards import load_manifest
+from hsrgan.engine.snapshot import load_snapshot
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class Resize(str, enum.Enum):
+    """How inception and vgg16 are given images of another size."""
+
+    tf1 = "tf1"
+    clean = "clean"
+
+
+class Covariance(str, enum.Enum):
+    """What a covariance is divided by."""
+
+    n_minus_1 = "n-1"
+    n = "n"
+
+
+@app.command()
+def main(
+    snapshots: Annotated[list[Path], typer.Argument(help="Files of a run's snapshots folder.")],
+    metrics: Annotated[
+        str, typer.Option(help="Published names, as fid50k_full,kid50k_full; any number of images, as fid10k_full.")
+    ] = "fid50k_full",
+    data: Annotated[Path | None, typer.Option(help="Packed shards of the real images.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Score with another network: timm:MODEL:FILE, or a teacher's .safetensors.")
+    ] = None,
+    resize: Annotated[Resize, typer.Option(help="For inception and vgg16: published (tf1), or clean-fid's.")] = (
+        Resize.tf1
+    ),
+    covariance: Annotated[Covariance, typer.Option(help="Over N − 1, or over N as NVIDIA's StyleGANs.")] = (
+        Covariance.n_minus_1
+    ),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of latents, noise, labels and subsets.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images dealt to a process at a time; changes no figure.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode reals, for each process that scores.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Append the results to this .jsonl as well.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="End with a table, and a bar chart beside --out (or compare.png).")
+    ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Score snapshots by published metrics; one line of JSON a result.
+
+    Examples:
+
+      python tools/eval.py run/snapshots/best.safetensors --data shards/ --metrics fid50k_full,kid50k_full,pr50k3_full
+
+      deepspeed tools/eval.py a.safetensors b.safetensors --data shards/ --compare --out results.jsonl
+    """
+    world = distributed.world_from_environment()
+    with user_errors(quiet=not world.first), Bars(quiet=not world.first) as bars:
+        results = []
+        scorer, generators = _prepared(
+            world, snapshots, metrics, data, features, resize.value, progress=bars, seed=seed, batch=batch,
+            covariance=covariance.value, workers=workers,
+        )  # fmt: skip
+        if out is not None and world.first:
+            with writable(out, "name another --out"):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.touch()
+        for path, (generator, metadata) in zip(snapshots, generators, strict=True):
+            facts = {"snapshot": str(path), "snapshot_sha256": sha256_of_file(path), "kimg": metadata["kimg"]}
+            for result in scorer.score(generator.to(world.device)):
+                results.append(result | facts)
+                if world.first:
+                    _tell(results[-1], out)
+            generator.cpu()
+        if compare and world.first:
+            chart = (out or Path("compare")).with_suffix(".png")
+            Console().print(comparison_table(results))
+            comparison_chart(results, chart)
+            typer.echo(f"chart: {chart}")
+    distributed.stop()
+
+
+def _prepared(
+    world: distributed.World,
+    snapshots: list[Path],
+    metrics: str,
+    data: Path | None,
+    features: str | None,
+    resize: str,
+    **options: Any,
+) -> tuple[Scorer, list[tuple[Generator, dict]]]:
+    """Everything that can be refused is, before anything is computed."""
+    parsed = parse_metrics(metrics)
+    manifest = load_manifest(data) if data else None
+    generators = [load_snapshot(path) for path in snapshots]
+    extractors = {spec: load_extractor(spec, resize=resize) for spec in needed_extractors(parsed, features)}
+    scorer = Scorer(parsed, extractors, manifest, world, features=features, cache=RealCache(world), **options)
+    for path, (generator, _) in zip(snapshots, generators, strict=True):
+        scorer.check(generator, str(path))
+    if world.size > 1:
+        distributed.start(world)
+    for extractor in extractors.values():
+        extractor.to(world.device)
+    return scorer, generators
+
+
+def _tell(result: dict, out: Path | None) -> None:
+    """One line of JSON on stdout, and at the end of `out`, where what was there stays."""
+    line = json.dumps(result)
+    typer.echo(line)
+    if out is not None:
+        with writable(out, "free space there"), out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    app()
