@@ -21,10 +21,10 @@ from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.metrics.report import Bars, comparison_chart, comparison_table
-from hsrgan.engine.metrics.weights import sha256_of_file
 from hsrgan.engine.model import Generator
 from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.snapshot import load_snapshot
+from hsrgan.engine.tensor_files import sha256_of
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -88,7 +88,7 @@ def main(
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.touch()
         for path, (generator, metadata) in zip(snapshots, generators, strict=True):
-            facts = {"snapshot": str(path), "snapshot_sha256": sha256_of_file(path), "kimg": metadata["kimg"]}
+            facts = {"snapshot": str(path), "snapshot_sha256": sha256_of(path), "kimg": metadata["kimg"]}
             for result in scorer.score(generator.to(world.device)):
                 results.append(result | facts)
                 if world.first:
