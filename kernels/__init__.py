@@ -6,6 +6,12 @@ times (feature_match once), so that R1 and path length need nothing special. Imp
 
 from hsrgan.kernels.bias_act import bias_act, bias_act_torch
 from hsrgan.kernels.conv2d import blur_padding, conv2d, conv2d_torch
+from hsrgan.kernels.conv_wgrad import (
+    modulated_weight_gradients,
+    modulated_weight_gradients_torch,
+    weight_gradient,
+    weight_gradient_torch,
+)
 from hsrgan.kernels.feature_match import feature_match, feature_match_torch
 from hsrgan.kernels.fir_chain import bias_act_fir, bias_act_fir_torch, fir_bias_act, fir_bias_act_torch
 from hsrgan.kernels.launch import backend, use_backend
@@ -37,6 +43,8 @@ __all__ = [
     "fir_bias_act_torch",
     "modulated_conv2d",
     "modulated_conv2d_torch",
+    "modulated_weight_gradients",
+    "modulated_weight_gradients_torch",
     "to_rgb",
     "to_rgb_torch",
     "upfirdn2d",
@@ -44,4 +52,6 @@ __all__ = [
     "upsample2d",
     "upsample2d_torch",
     "use_backend",
+    "weight_gradient",
+    "weight_gradient_torch",
 ]

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -133,6 +134,19 @@ def build(launch: Launch, target: Target | str) -> Build:
     return Build(*facts, registers, compiled.metadata.shared, spills)
 
 
+def instructions(launch: Launch, target: str) -> Counter[str]:
+    """How often each instruction, modifiers and all ("HGMMA.64x64x16.F32"), stands in a launch's code for sm_·."""
+    source, options, *_ = _specialised(launch, TARGETS[target])
+    from triton import compile as triton_compile
+
+    compiled = triton_compile(source, target=_gpu_target(TARGETS[target]), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        lines = _tool("nvdisasm", file.name)
+    return Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", lines, re.MULTILINE))
+
+
 def build_all(launches: Iterable[Launch], targets: Sequence[str] = tuple(TARGETS), jobs: int = 1) -> list[Build]:
     """Every distinct build of the launches on every target, in their order; jobs: processes (0: one a core)."""
     return list(dict.fromkeys(build_each(list(launches), targets, jobs).values()))
@@ -212,21 +226,22 @@ def _read_cubin(asm: dict) -> tuple[int, int]:
 
     The assembler reserves eight bytes now and then that no instruction touches: those are no spill.
     """
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-
-        def output(*command: str | Path) -> str:
-            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-
-        used = re.findall(r"REG:(\d+) STACK:(\d+)", output(tools / "cuobjdump", "-res-usage"))
+        used = re.findall(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
         registers, stack = (max(map(int, numbers)) for numbers in zip(*used, strict=True))
-        if stack and not re.search(r"\b(STL|LDL)\b", output(tools / "nvdisasm")):
+        if stack and not re.search(r"\b(STL|LDL)\b", _tool("nvdisasm", file.name)):
             stack = 0
     return registers, stack
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the CUDA tools that Triton's package carries prints."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _read_amdgcn(asm: dict) -> tuple[int, int]:

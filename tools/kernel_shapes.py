@@ -116,6 +116,19 @@ def to_rgb(n: int, c: int, r: int) -> Iterator[Call]:
     yield Call("toRGB", "to_rgb", sizes, {"clamp": CLAMP}, constants=("f",), flops=2 * 3 * c * n * r * r)
 
 
+def weight_gradient(n: int, c: int, r: int) -> Iterator[Call]:
+    """From 128² on: below, the library keeps it. G's conv0 has the sizes of D's conv1, x and g exchanged."""
+    if r < 128:
+        return
+    low, wide, flops = ("x", "g"), min(2 * c, CHANNEL_MAX), 2 * 9 * n * c * r * r
+    same = {"x": (n, c, r, r), "g": (n, c, r, r), "x_scale": (n, c), "g_scale": (n, c)}
+    options = {"k": 3, "stride": 1, "padding": 1}
+    yield Call("G conv1, dw", "weight_gradient", same, options, low, order=1, flops=flops * c)
+    down = {"x": (n, c, r + 1, r + 1), "g": (n, wide, r // 2, r // 2)}
+    options = {"k": 3, "stride": 2, "padding": 0}
+    yield Call("D conv1, dw", "weight_gradient", down, options, low, order=1, flops=flops * wide / 4)
+
+
 def feature_match(n: int, c: int, r: int) -> Iterator[Call]:
     if not 8 <= r <= 64:
         return
@@ -134,7 +147,14 @@ def feature_match(n: int, c: int, r: int) -> Iterator[Call]:
         yield Call(f"HSR, {distance}", "feature_match", sizes, options, low, ("target",), order=1, flops=2 * n * pixels)
 
 
-OPS: list[Callable[[int, int, int], Iterator[Call]]] = [bias_act, upfirdn2d, fir_chain, to_rgb, feature_match]
+OPS: list[Callable[[int, int, int], Iterator[Call]]] = [
+    bias_act,
+    upfirdn2d,
+    fir_chain,
+    to_rgb,
+    weight_gradient,
+    feature_match,
+]
 
 
 def calls(models: dict[str, tuple[int, int]] = MODELS, batch: int = 8) -> list[Call]:
