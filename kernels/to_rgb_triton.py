@@ -21,6 +21,7 @@ from torch.autograd import Function
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.fir4_triton import accumulator, empty, is_nhwc
+from hsrgan.kernels.pointwise_triton import clamped, unclamped
 from hsrgan.kernels.tiles import tile, tiles_per_program
 from hsrgan.kernels.upfirdn2d_triton import UpFirDn
 
@@ -60,8 +61,8 @@ def _finish(total, o: tl.constexpr, n, p, ok, BIAS, IMAGE, F, Y, width, image_h,
     if BIAS is not None:
         total += tl.load(BIAS + o).to(ACC)
     if CLAMP is not None:
-        bits += tl.where(tl.abs(total) < CLAMP, 0, 1 << o)
-        total = tl.where(total > CLAMP, CLAMP, tl.where(total < -CLAMP, -CLAMP, total))
+        bits += tl.where(unclamped(total, CLAMP), 0, 1 << o)
+        total = clamped(total, CLAMP)
     if IMAGE is not None:
         i, j = p // width, p % width
         image = IMAGE + n * i_n + o * i_c

@@ -95,7 +95,7 @@ def test_every_set_of_operands(act):
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gain", [0.0, -0.6])
 def test_second_derivatives_at_any_gain(act, gain):
-    same(NAMES, operands(2, 3, 2, 2), act=act, gain=gain, clamp=0.7 if gain else None)
+    same(NAMES, operands(2, 3, 2, 2), act=act, gain=gain, clamp=0.8 if gain else None)
 
 
 @pytest.mark.parametrize("names", [NAMES, ("x", "bias", "residual"), ("x", "noise")], ids=len)
@@ -115,7 +115,7 @@ def test_any_next_style(style):
     """Nothing is divided by it."""
     tensors = operands(2, 3, 2, 2)
     tensors[5][:, :2] = style
-    same(NAMES, tensors, clamp=0.7)
+    same(NAMES, tensors, clamp=0.8)  # which in fp32 is larger than in fp64
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
