@@ -7,12 +7,22 @@ precision. Parameter and buffer names are those of the published checkpoints.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsrgan.kernels import bias_act, bias_act_fir, blur_padding, conv2d, modulated_conv2d, to_rgb
+from hsrgan.kernels import (
+    bias_act,
+    bias_act_fir,
+    bias_act_to_rgb,
+    blur_padding,
+    conv2d,
+    modulated_conv2d,
+    modulated_convolution,
+    to_rgb,
+)
 
 # [1, 3, 3, 1] / 8: the resampling filter of every published StyleGAN2. Its outer square is what state dicts hold.
 TAPS = (0.125, 0.375, 0.375, 0.125)
@@ -144,19 +154,20 @@ class SynthesisLayer(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
         """noise [N, 1, h·up, w·up] or None for none."""
-        return modulated_conv2d(
-            x,
-            self.weight,
-            self.affine(w),
-            up=self.up,
-            f=self.taps if self.up > 1 else None,
-            noise=noise,
-            strength=None if noise is None else self.noise_strength,
-            bias=self.bias,
-            act="lrelu",
-            gain=self.act_gain,
-            clamp=self.clamp,
-        )
+        f = self.taps if self.up > 1 else None
+        return modulated_conv2d(x, self.weight, self.affine(w), up=self.up, f=f, **self.tail(noise))
+
+    def convolution(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """What the tail is applied to, and its demodulation; of a layer that keeps the size."""
+        return modulated_convolution(x, self.weight, self.affine(w))
+
+    def tail(self, noise: Tensor | None) -> dict[str, Any]:
+        """The operands of the pointwise tail, but for the demodulation."""
+        strength = None if noise is None else self.noise_strength
+        return {
+            "noise": noise, "strength": strength, "bias": self.bias, "act": "lrelu", "gain": self.act_gain,
+            "clamp": self.clamp,
+        }  # fmt: skip
 
 
 def _strength_to_scalar(module, state_dict, prefix, local_metadata) -> None:
@@ -185,6 +196,18 @@ class ToRGB(nn.Module):
         """x [N, in, r, r], w [N, w_dim], image [N, C, r/2, r/2] fp32 or None → image [N, C, r, r] fp32."""
         style = self.affine(w) * self.style_gain
         return to_rgb(x, self.weight, style, self.bias, clamp=self.clamp, image=image, f=taps)
+
+    def behind(
+        self, layer: SynthesisLayer, x: Tensor, w: Tensor, noise: Tensor | None, w_rgb: Tensor, image: Tensor | None,
+        taps: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(layer(x, w, noise), forward of that with w_rgb), in one pass behind the layer's convolution."""
+        c, demod = layer.convolution(x, w)
+        style = self.affine(w_rgb) * self.style_gain
+        return bias_act_to_rgb(
+            c, self.weight, style, rgb_bias=self.bias, demod=demod, rgb_clamp=self.clamp, image=image, f=taps,
+            **layer.tail(noise),
+        )  # fmt: skip
 
 
 def append_minibatch_std(x: Tensor, group_size: int, parts: int = 1) -> Tensor:

@@ -159,6 +159,11 @@ def _will_run(node: torch.autograd.graph.Node) -> bool:
         return True
 
 
+def wants_gradient(t: Tensor | None) -> bool:
+    """Will a gradient of t be recorded?"""
+    return t is not None and t.requires_grad and torch.is_grad_enabled()
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a Function's backward that has no derivative of its own: differentiating its results raises.
 
