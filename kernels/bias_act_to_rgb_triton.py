@@ -282,9 +282,10 @@ class _Gradient(Function):
         sums = torch.empty(planes, n, chunks, c, dtype=v.dtype, device=z.device) if planes else None
         rgb_sums = torch.empty(n, chunks, outputs, dtype=v.dtype, device=z.device) if want_rgb_bias else None
         launch.run(
-            gradient, (n * chunks * blocks,), gz, grgb, *pointers(ref, *small), v.contiguous(), mask, gx, sums, rgb_sums,
+            gradient, (n * chunks * blocks,),
+            gz, grgb, *pointers(ref, *small), v.contiguous(), mask, gx, sums, rgb_sums,
             c, h * w, w, chunks, blocks, n * chunks * c, *numbers(over), *grgb.stride(),
-            registers=255 if z.element_size() > 2 else None, FROM_Y=chain.from_y, **flags("HAS", *small),
+            registers=255, FROM_Y=chain.from_y, **flags("HAS", *small),
             WANT_BIAS=want_bias, WANT_DEMOD=want_demod, WANT_STRENGTH=want_strength, WANT_V=want_v,
             **chain.constants, OUTPUTS=outputs, ACC=accumulator(z), SPLIT=over.split, BLOCK_P=block_p, BLOCK_C=block_c,
             TILES=tiles,

@@ -89,8 +89,8 @@ def test_every_set_of_operands():
     terms = [((), ("bias",)), ((), ("rgb_bias",)), ((), ("demod",)), ((), ("noise",), ("noise", "strength"))]
     for i, chosen in enumerate(itertools.product(*terms, ((), ("image",)))):
         names = ("x", "weight", "style", *sum(chosen, ()))
-        options = {"clamp": 0.7 if i % 2 else None, "rgb_clamp": 1.25 if i % 3 else None, "part": ("both", "rgb")[i % 2]}
-        same(operands(1, 2, 1, 2, names=names, scale=1 + i % 2), names, **options)
+        clamps = {"clamp": 0.7 if i % 2 else None, "rgb_clamp": 1.25 if i % 3 else None}
+        same(operands(1, 2, 1, 2, names=names, scale=1 + i % 2), names, part=("both", "rgb")[i % 2], **clamps)
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 4, 5])
