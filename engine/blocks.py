@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class SynthesisBlock(nn.Module):
             x = self.conv0(x, ws[0], noises[0])
         w = ws[len(self.layers) - 1]
         if self.torgb is not None and self.skip is None:  # both read what conv1 writes: one pass
-            return self.torgb.behind(self.conv1, x, w, noises[-1], ws[-1], image, self.taps)
+            return self.conv1(x, w, noises[-1], partial(self.torgb, w=ws[-1], image=image, taps=self.taps))
         x = self.conv1(x, w, noises[-1])
         if residual is not None:
             x = x + residual

@@ -74,6 +74,16 @@ def to_rgb_case(n, c, h, w, scale, **options):
     )
 
 
+def fold_case(n, c, h, w, **options):
+    shapes = ((n, c, h, w), (3, c, 1, 1), (n, c), (c,), (3,), (n, c), (n, 1, h, w), (1,), (n, 3, h, w))
+    names = ("x", "weight", "style", "bias", "rgb_bias", "demod", "noise", "strength", "image")
+
+    def call(op):
+        return lambda *t: torch.cat(op(**dict(zip(names, t, strict=True)), f=TAPS, **options), 1)
+
+    return "bias_act_to_rgb", [normal(*shape) for shape in shapes], call
+
+
 def resample_case(name, n, c, h, w):
     return name, [normal(n, c, h, w)], lambda op: lambda x: op(x, TAPS, gain=1.5)
 
@@ -99,6 +109,7 @@ CASES = {
     "modulated_conv2d-plain": lambda n, h, w: modulated_case(n, 3, h, w, 1, demodulate=False, act="linear"),
     "to_rgb": lambda n, h, w: to_rgb_case(n, 3, h, w, 1, clamp=2.0),
     "to_rgb-up": lambda n, h, w: to_rgb_case(n, 3, 2 * h, 2 * w, 2),
+    "bias_act_to_rgb": lambda n, h, w: fold_case(n, 3, h, w, clamp=0.7, rgb_clamp=2.0),
 }
 
 
