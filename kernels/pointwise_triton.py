@@ -42,6 +42,12 @@ def tanh(p):
 
 
 @triton.jit
+def limit_like(y, CLAMP: tl.constexpr):
+    """CLAMP in the type of y: a comparison with the bare constant is one with it in fp32, also where y is fp64."""
+    return tl.zeros_like(y) + CLAMP
+
+
+@triton.jit
 def _scaled(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr):
     """act(p)·gain."""
     if ACT == "swish":
@@ -60,24 +66,12 @@ def _scaled(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr):
 
 
 @triton.jit
-def unclamped(y, CLAMP: tl.constexpr):
-    """|y| < CLAMP, in the type of y: Triton 3.8 rounds a bare constant to fp32 to compare it with fp64."""
-    return tl.abs(y) < tl.full([], CLAMP, y.dtype)
-
-
-@triton.jit
-def clamped(y, CLAMP: tl.constexpr):
-    """y within ±CLAMP. NaN stays NaN."""
-    most = tl.full([], CLAMP, y.dtype)
-    return tl.where(y > most, most, tl.where(y < -most, -most, y))
-
-
-@triton.jit
 def pointwise(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
     """y from the pre-activation p. NaN stays NaN."""
     y = _scaled(p, ACT, SLOPE, GAIN)
     if CLAMP is not None:
-        y = clamped(y, CLAMP)
+        limit = limit_like(y, CLAMP)
+        y = tl.where(y > limit, limit, tl.where(y < -limit, -limit, y))
     return y
 
 
@@ -96,7 +90,7 @@ def pointwise_gradient(v, p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.co
     else:
         g = _sides(v, p, SLOPE, GAIN)
     if CLAMP is not None:
-        g = tl.where(unclamped(_scaled(p, ACT, SLOPE, GAIN), CLAMP), g, 0.0)
+        g = tl.where(tl.abs(_scaled(p, ACT, SLOPE, GAIN)) < limit_like(p, CLAMP), g, 0.0)
     return g
 
 
@@ -105,7 +99,7 @@ def pointwise_gradient_from_y(v, y, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLA
     """v·∂y/∂p from y, for ACT "lrelu" with GAIN > 0: the sign and size of y tell the side and the clamp."""
     g = _sides(v, y, SLOPE, GAIN)
     if CLAMP is not None:
-        g = tl.where(unclamped(y, CLAMP), g, 0.0)
+        g = tl.where(tl.abs(y) < limit_like(y, CLAMP), g, 0.0)
     return g
 
 
@@ -136,7 +130,7 @@ def pointwise_curvature(v, p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.c
     else:
         g = v * 0.0
     if CLAMP is not None:
-        g = tl.where(unclamped(_scaled(p, ACT, SLOPE, GAIN), CLAMP), g, 0.0)
+        g = tl.where(tl.abs(_scaled(p, ACT, SLOPE, GAIN)) < limit_like(p, CLAMP), g, 0.0)
     return g
 
 

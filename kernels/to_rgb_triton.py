@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.fir4_triton import accumulator, empty, is_nhwc
-from hsrgan.kernels.pointwise_triton import clamped, unclamped
+from hsrgan.kernels.pointwise_triton import limit_like
 from hsrgan.kernels.tiles import tile, tiles_per_program
 from hsrgan.kernels.upfirdn2d_triton import UpFirDn
 
@@ -59,8 +59,9 @@ def finish(total, o: tl.constexpr, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, 
     if BIAS is not None:
         total += tl.load(BIAS + o).to(ACC)
     if CLAMP is not None:
-        bits += tl.where(unclamped(total, CLAMP), 0, 1 << o)
-        total = clamped(total, CLAMP)
+        limit = limit_like(total, CLAMP)
+        bits += tl.where(tl.abs(total) < limit, 0, 1 << o)
+        total = tl.where(total > limit, limit, tl.where(total < -limit, -limit, total))
     if IMAGE is not None:
         i, j = p // width, p % width
         image = IMAGE + n * i_n + o * i_c
