@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
+from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act_kernels import load_map, load_vector, tile_at, write_sums
 from hsrgan.kernels.bias_act_triton import Chain, First, dense, flags, numbers, pointers, second, sum_over
@@ -222,7 +223,8 @@ class _Forward(Function):
 
         small = dense(bias, demod, noise, strength)
         over = _walk(x.shape, x, noise, z)
-        block_p, block_c = tile(c, h * w, channels_fastest(x.shape, z.stride()), 4 * 32 * max(4, 32 // x.itemsize))
+        sizes = table.sizes("bias_act_to_rgb.forward", x)
+        block_p, block_c = tile(c, h * w, channels_fastest(x.shape, z.stride()), sizes.pop("elements"))
         chunks = -(-h * w // block_p)
         image_numbers = (0,) * 6 if image is None else (*image.shape[2:], *image.stride())
         launch.run(
@@ -230,7 +232,7 @@ class _Forward(Function):
             f.contiguous() if up else None, mask, rgb, c, h * w, w, chunks, *image_numbers[:2], *numbers(over),
             rgb.stride(0), rgb.stride(1), rgb.stride(3), *image_numbers[2:],
             **flags("HAS", *small), **constants, OUTPUTS=outputs, RGB_CLAMP=rgb_clamp, UP=up,
-            ACC=accumulator(x), SPLIT=over.split, BLOCK_P=block_p, BLOCK_C=block_c, BLOCKS=-(-c // block_c),
+            ACC=accumulator(x), SPLIT=over.split, BLOCK_P=block_p, BLOCK_C=block_c, BLOCKS=-(-c // block_c), **sizes,
         )  # fmt: skip
         return z, rgb
 
@@ -274,7 +276,8 @@ class _Gradient(Function):
         small = dense(bias, demod, noise, strength)
         over = _walk(z.shape, gz, ref, noise, gx)
         by_channels = channels_fastest(z.shape, chain.strides)
-        block_p, block_c = tile(c, h * w, by_channels, 1024 if z.itemsize <= 4 else 512)
+        sizes = table.sizes("bias_act_to_rgb.gradient", z)
+        block_p, block_c = tile(c, h * w, by_channels, sizes.pop("elements"))
         blocks, chunks = -(-c // block_c), -(-h * w // block_p)
         planes = want_v * outputs + want_bias + want_demod + want_strength
         tiles = tiles_per_program(n * chunks * blocks)
@@ -285,7 +288,7 @@ class _Gradient(Function):
             gradient, (n * chunks * blocks,),
             gz, grgb, *pointers(ref, *small), v.contiguous(), mask, gx, sums, rgb_sums,
             c, h * w, w, chunks, blocks, n * chunks * c, *numbers(over), *grgb.stride(),
-            registers=255, FROM_Y=chain.from_y, **flags("HAS", *small),
+            **sizes, FROM_Y=chain.from_y, **flags("HAS", *small),
             WANT_BIAS=want_bias, WANT_DEMOD=want_demod, WANT_STRENGTH=want_strength, WANT_V=want_v,
             **chain.constants, OUTPUTS=outputs, ACC=accumulator(z), SPLIT=over.split, BLOCK_P=block_p, BLOCK_C=block_c,
             TILES=tiles,

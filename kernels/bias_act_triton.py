@@ -41,15 +41,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hsrgan.kernels import bias_act_kernels as kernels
-from hsrgan.kernels import launch
+from hsrgan.kernels import blocks, launch
 from hsrgan.kernels.pointwise_triton import SMOOTH, chain_constants
 from hsrgan.kernels.tiles import Walk, channels_fastest, tile, tiles_per_program, walk
 
-WARPS = 4
-# Values in a tile. 4 warps hold 8 to 16 in each thread, of every operand and of every running sum: programs that keep
-# several sums have the smaller tile. On sm_90 that is 24 to 54 registers without sums, up to 96 for the gradients with
-# all four sums, and 155 for the second derivatives of everything at once; nothing spills.
-TILE, TILE_OF_SUMS = 2048, 1024
 SMALL = ("BIAS", "DEMOD", "NOISE", "STRENGTH", "STYLE")  # the order of these operands everywhere
 
 
@@ -101,11 +96,11 @@ class _Forward(Function):
         ctx.save_for_backward(None if from_y and linear else z if from_y else x, bias, demod, noise, strength, style)
 
         over = walk_over(chain, small, x, noise, residual, z)
-        plan = _Plan(chain, over, x, TILE)
+        plan = _Plan(chain, over, x, "forward")
         launch.run(
             kernels.forward, plan.grid, *pointers(x, *small, residual, z),
             over.channels, over.pixels, over.width, plan.chunks, plan.blocks, *numbers(over),
-            num_warps=WARPS, **flags("HAS", *small), HAS_RESIDUAL=residual is not None,
+            **plan.limits, **flags("HAS", *small), HAS_RESIDUAL=residual is not None,
             **constants, **plan.constants,
         )  # fmt: skip
         return z
@@ -130,11 +125,11 @@ class First(Function):
         want_x, *want_small = want
         gx = chain.empty(gz) if want_x else None
         over = walk_over(chain, small, gz, ref, noise, gx)
-        plan = _Plan(chain, over, gz, TILE_OF_SUMS if sum(want_small) > 1 else TILE, want_small)
+        plan = _Plan(chain, over, gz, "sums" if sum(want_small) > 1 else "gradient", want_small)
         launch.run(
             kernels.first, plan.grid, *pointers(gz, ref, *small, gx, plan.sums, plan.maps),
             over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
-            *numbers(over), num_warps=WARPS, registers=plan.registers, FROM_Y=chain.from_y, **flags("HAS", *small),
+            *numbers(over), **plan.limits, FROM_Y=chain.from_y, **flags("HAS", *small),
             WANT_X=want_x, **flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
         # the second derivative does not meet gz where z is piecewise linear in x and everything else is a constant
@@ -175,11 +170,11 @@ class Second(Function):
         ggz = chain.empty(like) if want_z else None
         gx = chain.empty(like) if want_x else None
         over = walk_over(chain, small, gz, ref, noise, hx, hnoise, ggz, gx)
-        plan = _Plan(chain, over, like, TILE_OF_SUMS, want_small)
+        plan = _Plan(chain, over, like, "sums", want_small)
         launch.run(
             kernels.second, plan.grid, *pointers(gz, ref, *small, hx, *given, ggz, gx, plan.sums, plan.maps),
             over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
-            *numbers(over), num_warps=WARPS, registers=plan.registers, FROM_Y=chain.from_y, **flags("HAS", *small),
+            *numbers(over), **plan.limits, FROM_Y=chain.from_y, **flags("HAS", *small),
             GIVEN_X=hx is not None, **flags("GIVEN", *given), WANT_Z=want_z, WANT_X=want_x,
             **flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
@@ -193,17 +188,16 @@ class Second(Function):
 class _Plan:
     """The tiles of one launch, and the memory of its sums."""
 
-    def __init__(self, chain: Chain, over: Walk, like: Tensor, elements: int, want: list[bool] | None = None) -> None:
-        """want: of SMALL, which gradients are summed; None in the forward pass, whose programs do one tile each."""
+    def __init__(self, chain: Chain, over: Walk, like: Tensor, kind: str, want: list[bool] | None = None) -> None:
+        """kind: "forward", "gradient", or "sums" of programs that keep several. want: which of SMALL are summed."""
         self.over, self.chain, self.want = over, chain, want or [False] * 5
         noise = self.want[2]
         planes = sum(self.want) - noise
         acc = torch.float64 if like.dtype == torch.float64 else torch.float32
         # the gradient of noise is a sum over channels, of which a tile should hold many
         by_channels = noise or channels_fastest(chain.shape, chain.strides)
-        elements = elements // 2 if acc == torch.float64 else elements
-        block_p, block_c = tile(over.channels, over.pixels, by_channels, elements)
-        self.registers = 255 if like.element_size() > 2 else None
+        self.limits = blocks.sizes(f"bias_act.{kind}", like)
+        block_p, block_c = tile(over.channels, over.pixels, by_channels, self.limits.pop("elements"))
         self.blocks = -(-over.channels // block_c)
         chunks = -(-over.pixels // block_p)
         self.tiles = tiles_per_program(over.samples * chunks * self.blocks) if planes else 1

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
+from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
 from hsrgan.kernels.fir4_triton import accumulator, empty, is_nhwc
 from hsrgan.kernels.pointwise_triton import limit_like
@@ -311,7 +312,8 @@ def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
     n, c, h, w = x.shape
     outputs = v.shape[1]
     y = empty(v, n, outputs, h, w, nhwc=is_nhwc(x))
-    pixels, channels = tile(c, h * w, is_nhwc(x), 4 * 32 * max(4, 32 // x.itemsize))
+    sizes = table.sizes("to_rgb.project", x)
+    pixels, channels = tile(c, h * w, is_nhwc(x), sizes.pop("elements"))
     chunks = -(-h * w // pixels)
     image_numbers = (0,) * 6 if image is None else (*image.shape[2:], *image.stride())
     launch.run(
@@ -320,7 +322,7 @@ def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
         mask, y, c, h * w, w, chunks, *image_numbers[:2],
         *x.stride(), y.stride(0), y.stride(1), y.stride(3), *image_numbers[2:],
         OUTPUTS=outputs, CLAMP=clamp, UP=f is not None, GIVEN_MASK=given_mask, SPLIT=not _flat(x),
-        PIXELS=pixels, CHANNELS=channels, BLOCKS=-(-c // channels), ACC=accumulator(x),
+        PIXELS=pixels, CHANNELS=channels, BLOCKS=-(-c // channels), ACC=accumulator(x), **sizes,
     )  # fmt: skip
     return y
 
@@ -329,7 +331,8 @@ def _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias) -> tuple[Tensor 
     n, c, h, w = x.shape
     outputs = v.shape[1]
     gx = empty(x, n, c, h, w, nhwc=is_nhwc(x)) if want_x else None
-    pixels, channels = tile(c, h * w, is_nhwc(x), 1024 if x.itemsize <= 4 else 512)
+    sizes = table.sizes("to_rgb.gradient", x)
+    pixels, channels = tile(c, h * w, is_nhwc(x), sizes.pop("elements"))
     blocks, chunks = -(-c // channels), -(-h * w // pixels)
     tiles = tiles_per_program(n * chunks * blocks)
     chunks = -(-chunks // tiles)
@@ -341,6 +344,6 @@ def _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias) -> tuple[Tensor 
         gy, x, v.contiguous(), mask, gx, gv, gbias, c, h * w, w, chunks,
         *gy.stride(), *x.stride(), *strides,
         OUTPUTS=outputs, SPLIT=not _flat(x), PIXELS=pixels, CHANNELS=channels, TILES=tiles,
-        ACC=accumulator(x),
+        ACC=accumulator(x), **sizes,
     )  # fmt: skip
     return gx, None if gv is None else gv.sum(1), None if gbias is None else gbias.sum((0, 1))

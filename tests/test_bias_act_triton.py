@@ -9,7 +9,7 @@ from opcheck import CHECKS, OpCase, assert_equal, check, derivatives
 from watched import watched
 
 from hsrgan import kernels
-from hsrgan.kernels import launch, use_backend
+from hsrgan.kernels import blocks, launch, use_backend
 
 pytest.importorskip("triton")
 from hsrgan.kernels import bias_act_triton as module
@@ -121,12 +121,13 @@ def test_any_next_style(style):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_sums_over_several_tiles_programs_and_blocks(memory_format, monkeypatch):
     """As at large sizes: 2 tiles to a program, several programs to a sample, several blocks of channels."""
-    monkeypatch.setattr(module, "TILE", 256)
-    monkeypatch.setattr(module, "TILE_OF_SUMS", 256)
+    kinds = ("forward", "gradient", "sums")
+    rows = [blocks.Row(f"bias_act.{kind}", "*", (4,), "*", (("elements", 512),), "test") for kind in kinds]
     monkeypatch.setattr(module, "tiles_per_program", lambda tiles: 2)
     tensors = [t.contiguous(memory_format=memory_format) if t.ndim == 4 else t for t in operands(2, 65, 3, 2)]
-    same(NAMES, tensors, clamp=0.7, act="swish")
-    same(("x", "bias"), [tensors[0], tensors[1]])
+    with blocks.using(rows):  # 256 in fp64
+        same(NAMES, tensors, clamp=0.7, act="swish")
+        same(("x", "bias"), [tensors[0], tensors[1]])
 
 
 def penalty(inner, outer, backend):
