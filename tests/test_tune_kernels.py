@@ -172,11 +172,11 @@ def test_mistakes_get_one_line(table, monkeypatch, options, content, message):
 
 
 def test_check_names_the_row_that_spills(table):
-    """65,536 values in four warps are 512 registers; the other rows of the two kernels are built as well, and fit."""
+    """65,536 values in four warps are 512 registers; the others of the kernel are built as well, and fit."""
     bad = row(65536, shape="large", source="measured on nothing")
     table.write_text(blocks.text([bad, *blocks.read()]), encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    options = ["--check", "--table", table, "--target", "sm_90", "--kernel", "bias_act.forward,bias_act.gradient"]
+    options = ["--check", "--table", table, "--target", "sm_90", "--kernel", "bias_act.forward"]
     command = [sys.executable, ROOT / "tools" / "tune_kernels.py", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     *lines, last = [line for line in done.stdout.splitlines() if not line.startswith("[")]
