@@ -101,6 +101,7 @@ def modulated_convolution(
 def _modulated(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """x·style, the weight to convolve it with, and the demodulation."""
     launch.check_shape(style, "style", *x.shape[:2])
+    launch.check_devices(x, style=style)
     if demodulate and x.dtype == torch.float16:
         weight, style = normalize_for_half(weight, style)
     demod = demodulation(weight, style) if demodulate else None

@@ -40,8 +40,7 @@ def check_to_rgb(
     launch.check_shape(style, "style", *x.shape[:2])
     launch.check_shape(bias, f"{prefix}bias", weight.shape[0])
     launch.check(clamp is None or clamp > 0, f"{prefix}clamp must be positive; got {clamp}")
-    for name, t in {"weight": weight, "style": style, f"{prefix}bias": bias, "image": image}.items():
-        launch.check(t is None or t.device == x.device, f"{name} must be on the device of x, {x.device}")
+    launch.check_devices(x, weight=weight, style=style, image=image, **{f"{prefix}bias": bias})
     if image is not None:
         launch.check_images(image, "image")
         channels = (x.shape[0], weight.shape[0])

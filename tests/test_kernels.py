@@ -5,6 +5,7 @@ resize. A dtype's tolerance is twice the error that the definition makes in that
 """
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -389,6 +390,13 @@ def test_feature_match_computes_what_is_wanted_and_no_second_order():
 
 # Refusals
 
+def hsr_call(i, change):
+    """feature_match with its i-th tensor changed."""
+    tensors = list(hsr_tensors(2, 3, (4, 4), (2, 2)))
+    tensors[i] = change(tensors[i])
+    return kernels.feature_match(*tensors)
+
+
 X, W, S = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(2, 3)
 
 
@@ -409,7 +417,26 @@ X, W, S = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(2, 3)
         ("f must be", lambda: kernels.upfirdn2d(X, TAPS[None, None])),
         ("up must be", lambda: kernels.upfirdn2d(X, TAPS, up=0)),
         ("padding must be", lambda: kernels.upfirdn2d(X, TAPS, padding=(1, 2, 3))),
+        ("f must be", lambda: kernels.upsample2d(X, TAPS[None, None])),
+        ("f must be", lambda: kernels.downsample2d(X, None)),
+        ("f must be floating-point", lambda: kernels.upfirdn2d(X, torch.ones(4, dtype=torch.int32))),
+        ("f must be on the device of x", lambda: kernels.upfirdn2d(X, TAPS.to("meta"))),
+        ("padding .* leaves an output", lambda: kernels.upfirdn2d(X, TAPS, padding=-2)),
+        ("down must be", lambda: kernels.upfirdn2d(X, TAPS, down=(1, 5))),
+        ("up must be", lambda: kernels.upfirdn2d(X, TAPS, up=(1, 2, 3))),
+        ("up must be", lambda: kernels.upfirdn2d(X, TAPS, up=1.5)),
+        ("padding must be", lambda: kernels.upfirdn2d(X, TAPS, padding=0.5)),
+        ("up must be", lambda: kernels.fir_bias_act(X, TAPS, up=5)),
+        ("bias must have shape", lambda: kernels.fir_bias_act(X, TAPS, torch.zeros(4))),
+        ("padding .* leaves an output", lambda: kernels.bias_act_fir(X, TAPS, padding=-2)),
+        ("f must be", lambda: kernels.bias_act_fir(X, TAPS[None, None])),
         ("weight must be", lambda: kernels.conv2d(X, torch.randn(5, 4, 3, 3))),
+        ("weight must be on the device of x", lambda: kernels.conv2d(X, W.to("meta"))),
+        ("f must be on the device of x", lambda: kernels.conv2d(X, W, down=2, f=TAPS.to("meta"))),
+        ("f, a 1-d or 2-d filter", lambda: kernels.conv2d(X, W, up=2, f=TAPS[None, None])),
+        ("style must be on the device of x", lambda: kernels.modulated_conv2d(X, W, S.to("meta"))),
+        ("style must have shape", lambda: kernels.modulated_convolution(X, W, torch.zeros(2, 4))),
+        ("noise must have shape", lambda: kernels.modulated_conv2d(X, W, S, noise=torch.zeros(2, 1, 8, 8))),
         ("weight must be", lambda: kernels.conv2d(X, torch.randn(5, 3, 2, 2))),
         ("up and down", lambda: kernels.conv2d(X, W, up=2, down=2, f=TAPS)),
         ("takes 1×1 and 3×3", lambda: kernels.conv2d(X, torch.randn(5, 3, 5, 5), up=2, f=TAPS)),
@@ -418,6 +445,13 @@ X, W, S = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(2, 3)
         ("weight must have shape", lambda: kernels.to_rgb(X, W, S)),
         ("image must be", lambda: kernels.to_rgb(X, W[:, :, :1, :1], S, image=torch.zeros(2, 5, 3, 3))),
         ("f is needed", lambda: kernels.to_rgb(X, W[:, :, :1, :1], S, image=torch.zeros(2, 5, 2, 2))),
+        ("image must be .* pixels", lambda: kernels.to_rgb(X[..., 1:], W[:, :, :1, :1], S, image=torch.zeros(2, 5, 2, 1), f=TAPS)),
+        ("x must be", lambda: kernels.bias_act_to_rgb(X[0], W[:, :, :1, :1], S)),
+        ("target must be on the device of x", lambda: hsr_call(5, lambda t: t.to("meta"))),
+        ("w1 must be floating-point", lambda: hsr_call(1, lambda t: t.long())),
+        ("x must be", lambda: hsr_call(0, lambda t: t[0])),
+        ("target must be \\[N", lambda: hsr_call(5, lambda t: t[0])),
+        ("target must have pixels", lambda: hsr_call(5, lambda t: t[..., :0])),
         ("w2 must have shape", lambda: kernels.feature_match(*hsr_tensors(2, 3, (4, 4), (2, 2))[:3], W, W, X)),
         ("distance must be", lambda: kernels.feature_match(*hsr_tensors(2, 3, (4, 4), (2, 2)), distance="l1")),
     ],
@@ -439,6 +473,24 @@ def test_backend_is_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(ValueError, match="x is on cpu"):
             kernels.bias_act(X)
+
+
+def test_a_gpu_machine_without_triton_is_told_once(monkeypatch):
+    from hsrgan.kernels import launch
+
+    class OnGpu:
+        is_cuda = True
+
+    monkeypatch.setattr(launch, "_has_triton", False)
+    launch._say_what_is_missing.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert [kernels.backend(OnGpu()) for _ in range(3)] == ["torch"] * 3
+    assert [str(each.message) for each in told] == [
+        "triton is not installed: the ops run in plain PyTorch; pip install triton"
+    ]
+    with pytest.raises(ValueError, match="needs the package triton"), kernels.use_backend("triton"):
+        kernels.bias_act(X)
 
 
 def test_bias_act_of_rows_with_noise():
