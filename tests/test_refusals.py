@@ -1,4 +1,4 @@
-"""Every bad input of every op is a ValueError that names the argument; to_rgb and its fold have more in their own tests.
+"""Every bad input of every op is a ValueError that names the argument; to_rgb and its fold have more of their own.
 
 Checked before a backend is chosen, so that all backends refuse alike.
 """
