@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,17 +59,20 @@ class SynthesisBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [N, in, r/2, r/2], image [N, C, r/2, r/2] → the same at r. ws: one per convolution, then toRGB's."""
         dtype = self.half_dtype or self.conv1.weight.dtype
+        residual = None
         if x is None:
             n = len(ws[0])
             x = self.const.to(dtype).expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-            x = self.conv1(x, ws[0], noises[0])
         else:
             x = x.to(dtype)
             residual = None if self.skip is None else self.skip(x)
             x = self.conv0(x, ws[0], noises[0])
-            x = self.conv1(x, ws[1], noises[1])
-            if residual is not None:
-                x = x + residual
+        w = ws[len(self.layers) - 1]
+        if self.torgb is not None and self.skip is None:  # both read what conv1 writes: one pass
+            return self.conv1(x, w, noises[-1], partial(self.torgb, w=ws[-1], image=image, taps=self.taps))
+        x = self.conv1(x, w, noises[-1])
+        if residual is not None:
+            x = x + residual
         if self.torgb is not None:
             image = self.torgb(x, ws[-1], image, self.taps)
         return x, image

@@ -150,6 +150,7 @@ class Recipe(Section):
     batch: Whole                                    # images per step over all ranks
     accumulation: Whole = 1                         # micro-batch = batch / (ranks · accumulation)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    tf32: bool = False                              # what is fp32 is multiplied on tensor cores at 10 bits of mantissa
     device: Literal["auto", "cpu", "cuda"] = "auto"
     zero_stage: int = Field(0, ge=0, le=3)
     cuda_graphs: bool = True                        # replay each phase as one graph; without effect on a CPU

@@ -7,12 +7,23 @@ precision. Parameter and buffer names are those of the published checkpoints.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsrgan.kernels import bias_act, bias_act_fir, blur_padding, conv2d, modulated_conv2d, to_rgb
+from hsrgan.kernels import (
+    bias_act,
+    bias_act_fir,
+    bias_act_to_rgb,
+    blur_padding,
+    conv2d,
+    modulated_conv2d,
+    modulated_convolution,
+    to_rgb,
+)
 
 # [1, 3, 3, 1] / 8: the resampling filter of every published StyleGAN2. Its outer square is what state dicts hold.
 TAPS = (0.125, 0.375, 0.375, 0.125)
@@ -142,21 +153,24 @@ class SynthesisLayer(nn.Module):
         self.register_state_dict_post_hook(_strength_to_scalar)
         self.register_load_state_dict_pre_hook(_strength_from_scalar)
 
-    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
-        """noise [N, 1, h·up, w·up] or None for none."""
-        return modulated_conv2d(
-            x,
-            self.weight,
-            self.affine(w),
-            up=self.up,
-            f=self.taps if self.up > 1 else None,
-            noise=noise,
-            strength=None if noise is None else self.noise_strength,
-            bias=self.bias,
-            act="lrelu",
-            gain=self.act_gain,
-            clamp=self.clamp,
-        )
+    def forward(
+        self, x: Tensor, w: Tensor, noise: Tensor | None, torgb: Callable[..., tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """noise [N, 1, h·up, w·up] or None for none.
+
+        torgb: a `ToRGB` that takes what the convolution returns and ends this layer in its own pass over memory; its
+        (features, image) are returned. Of a layer that keeps the size.
+        """
+        strength = None if noise is None else self.noise_strength
+        tail = {
+            "noise": noise, "strength": strength, "bias": self.bias, "act": "lrelu", "gain": self.act_gain,
+            "clamp": self.clamp,
+        }  # fmt: skip
+        style = self.affine(w)
+        if torgb is not None:
+            x, tail["demod"] = modulated_convolution(x, self.weight, style)
+            return torgb(x, tail=tail)
+        return modulated_conv2d(x, self.weight, style, up=self.up, f=self.taps if self.up > 1 else None, **tail)
 
 
 def _strength_to_scalar(module, state_dict, prefix, local_metadata) -> None:
@@ -181,10 +195,19 @@ class ToRGB(nn.Module):
         self.style_gain = 1 / math.sqrt(in_channels)
         self.clamp = clamp
 
-    def forward(self, x: Tensor, w: Tensor, image: Tensor | None, taps: Tensor) -> Tensor:
-        """x [N, in, r, r], w [N, w_dim], image [N, C, r/2, r/2] fp32 or None → image [N, C, r, r] fp32."""
+    def forward(
+        self, x: Tensor, w: Tensor, image: Tensor | None, taps: Tensor, tail: dict[str, Any] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [N, in, r, r], w [N, w_dim], image [N, C, r/2, r/2] fp32 or None → image [N, C, r, r] fp32.
+
+        tail: operands of the `bias_act` that is to make the features of x first → (features, image).
+        """
         style = self.affine(w) * self.style_gain
-        return to_rgb(x, self.weight, style, self.bias, clamp=self.clamp, image=image, f=taps)
+        if tail is None:
+            return to_rgb(x, self.weight, style, self.bias, clamp=self.clamp, image=image, f=taps)
+        return bias_act_to_rgb(
+            x, self.weight, style, rgb_bias=self.bias, rgb_clamp=self.clamp, image=image, f=taps, **tail
+        )
 
 
 def append_minibatch_std(x: Tensor, group_size: int, parts: int = 1) -> Tensor:

@@ -31,6 +31,7 @@ from hsrgan.engine.scoring import Scoring
 from hsrgan.engine.shards import Manifest, load_manifest
 from hsrgan.engine.stats import Meter, RunLog
 from hsrgan.engine.teacher import load_teacher
+from hsrgan.kernels import launch
 
 HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 HEADS = {"fp32": None, "fp16": torch.bfloat16, "bf16": torch.bfloat16}  # nothing clamps what HSR's heads compute
@@ -40,6 +41,7 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
     world = distributed.world_from_environment()
     recipe = load_recipe(recipe_path, overrides, world_size=world.size)
     world = distributed.world_from_environment(recipe.device)
+    launch.allow_tf32(recipe.tf32)
     _check_writable(Path(recipe.run_dir))
     check_paths(recipe)
     manifest = _dataset(recipe.data)

@@ -5,6 +5,7 @@ times (feature_match once), so that R1 and path length need nothing special. Imp
 """
 
 from hsrgan.kernels.bias_act import bias_act, bias_act_torch
+from hsrgan.kernels.bias_act_to_rgb import bias_act_to_rgb, bias_act_to_rgb_torch
 from hsrgan.kernels.conv2d import blur_padding, conv2d, conv2d_torch
 from hsrgan.kernels.conv_wgrad import (
     modulated_weight_gradients,
@@ -15,7 +16,7 @@ from hsrgan.kernels.conv_wgrad import (
 from hsrgan.kernels.feature_match import feature_match, feature_match_torch
 from hsrgan.kernels.fir_chain import bias_act_fir, bias_act_fir_torch, fir_bias_act, fir_bias_act_torch
 from hsrgan.kernels.launch import backend, use_backend
-from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch
+from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch, modulated_convolution
 from hsrgan.kernels.to_rgb import to_rgb, to_rgb_torch
 from hsrgan.kernels.upfirdn2d import (
     downsample2d,
@@ -31,6 +32,8 @@ __all__ = [
     "bias_act",
     "bias_act_fir",
     "bias_act_fir_torch",
+    "bias_act_to_rgb",
+    "bias_act_to_rgb_torch",
     "bias_act_torch",
     "blur_padding",
     "conv2d",
@@ -43,6 +46,7 @@ __all__ = [
     "fir_bias_act_torch",
     "modulated_conv2d",
     "modulated_conv2d_torch",
+    "modulated_convolution",
     "modulated_weight_gradients",
     "modulated_weight_gradients_torch",
     "to_rgb",

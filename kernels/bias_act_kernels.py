@@ -27,13 +27,13 @@ def _along(p, sh, sw, width, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _tile(T, n, c, p, sn, sc, sh, sw, width, SPLIT: tl.constexpr):
+def tile_at(T, n, c, p, sn, sc, sh, sw, width, SPLIT: tl.constexpr):
     """Pointers [pixels, channels] to pixels p of channels c of sample n; the offsets are int64 as n, c and p are."""
     return T + n * sn + _along(p, sh, sw, width, SPLIT)[:, None] + (c * sc)[None, :]
 
 
 @triton.jit
-def _map(T, n, p, mask, sn, sh, sw, width, SPLIT: tl.constexpr, ACC: tl.constexpr, HAS: tl.constexpr):
+def load_map(T, n, p, mask, sn, sh, sw, width, SPLIT: tl.constexpr, ACC: tl.constexpr, HAS: tl.constexpr):
     """Values [pixels] of a map without channels; zeros unless HAS."""
     values = tl.zeros_like(p).to(ACC)
     if HAS:
@@ -42,7 +42,7 @@ def _map(T, n, p, mask, sn, sh, sw, width, SPLIT: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
-def _vector(T, at, mask, ACC: tl.constexpr, HAS: tl.constexpr):
+def load_vector(T, at, mask, ACC: tl.constexpr, HAS: tl.constexpr):
     """T[at] [channels]; zeros unless HAS."""
     values = tl.zeros_like(at).to(ACC)
     if HAS:
@@ -51,7 +51,7 @@ def _vector(T, at, mask, ACC: tl.constexpr, HAS: tl.constexpr):
 
 
 @triton.jit
-def _write_sums(
+def write_sums(
     into, plane, c, mask, first, bias, demod, strength, style,
     WANT_BIAS: tl.constexpr, WANT_DEMOD: tl.constexpr, WANT_STRENGTH: tl.constexpr, WANT_STYLE: tl.constexpr,
 ):  # fmt: skip
@@ -93,18 +93,18 @@ def forward(
     mask_p = p < pixels
     mask = mask_p[:, None] & mask_c[None, :]
     pair = n * channels + c
-    x = tl.load(_tile(X, n, c, p, xn, xc, xh, xw, width, SPLIT), mask=mask, other=0.0).to(ACC)
-    bias = _vector(BIAS, c, mask_c, ACC, HAS_BIAS)
-    demod = _vector(DEMOD, pair, mask_c, ACC, HAS_DEMOD)
-    shift = _map(NOISE, n, p, mask_p, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
+    x = tl.load(tile_at(X, n, c, p, xn, xc, xh, xw, width, SPLIT), mask=mask, other=0.0).to(ACC)
+    bias = load_vector(BIAS, c, mask_c, ACC, HAS_BIAS)
+    demod = load_vector(DEMOD, pair, mask_c, ACC, HAS_DEMOD)
+    shift = load_map(NOISE, n, p, mask_p, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
     if HAS_STRENGTH:
         shift = shift * tl.load(STRENGTH).to(ACC)
     z = pointwise(pre_activation(x, demod, shift, bias, HAS_DEMOD, HAS_NOISE, HAS_BIAS), ACT, SLOPE, GAIN, CLAMP)
     if HAS_STYLE:
-        z = z * _vector(STYLE, pair, mask_c, ACC, True)[None, :]
+        z = z * load_vector(STYLE, pair, mask_c, ACC, True)[None, :]
     if HAS_RESIDUAL:
-        z += tl.load(_tile(RESIDUAL, n, c, p, rn, rc, rh, rw, width, SPLIT), mask=mask, other=0.0).to(ACC)
-    tl.store(_tile(Z, n, c, p, zn, zc, zh, zw, width, SPLIT), z.to(Z.dtype.element_ty), mask=mask)
+        z += tl.load(tile_at(RESIDUAL, n, c, p, rn, rc, rh, rw, width, SPLIT), mask=mask, other=0.0).to(ACC)
+    tl.store(tile_at(Z, n, c, p, zn, zc, zh, zw, width, SPLIT), z.to(Z.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -133,9 +133,9 @@ def first(
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < channels
     pair = n * channels + c
-    bias = _vector(BIAS, c, mask_c, ACC, HAS_BIAS)
-    demod = _vector(DEMOD, pair, mask_c, ACC, HAS_DEMOD)
-    style = _vector(STYLE, pair, mask_c, ACC, HAS_STYLE)
+    bias = load_vector(BIAS, c, mask_c, ACC, HAS_BIAS)
+    demod = load_vector(DEMOD, pair, mask_c, ACC, HAS_DEMOD)
+    style = load_vector(STYLE, pair, mask_c, ACC, HAS_STYLE)
     strength = tl.full([1], 1.0, ACC)
     if HAS_STRENGTH:
         strength = tl.load(STRENGTH).to(ACC)
@@ -148,9 +148,9 @@ def first(
         p = start + i * BLOCK_P + tl.arange(0, BLOCK_P)
         mask_p = p < pixels
         mask = mask_p[:, None] & mask_c[None, :]
-        gz = tl.load(_tile(GZ, n, c, p, zn, zc, zh, zw, width, SPLIT), mask=mask, other=0.0).to(ACC)
-        ref = tl.load(_tile(REF, n, c, p, xn, xc, xh, xw, width, SPLIT), mask=mask, other=0.0).to(ACC)
-        noise = _map(NOISE, n, p, mask_p, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
+        gz = tl.load(tile_at(GZ, n, c, p, zn, zc, zh, zw, width, SPLIT), mask=mask, other=0.0).to(ACC)
+        ref = tl.load(tile_at(REF, n, c, p, xn, xc, xh, xw, width, SPLIT), mask=mask, other=0.0).to(ACC)
+        noise = load_map(NOISE, n, p, mask_p, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
         v = gz
         if HAS_STYLE:
             v = gz * style[None, :]
@@ -172,8 +172,8 @@ def first(
         if WANT_X:
             if HAS_DEMOD:
                 g = g * demod[None, :]
-            tl.store(_tile(GX, n, c, p, gn, gc, gh, gw, width, SPLIT), g.to(GX.dtype.element_ty), mask=mask)
-    _write_sums(
+            tl.store(tile_at(GX, n, c, p, gn, gc, gh, gw, width, SPLIT), g.to(GX.dtype.element_ty), mask=mask)
+    write_sums(
         SUMS + row * channels, plane, c, mask_c, block * BLOCK_C, sum_bias, sum_demod, sum_strength, sum_style,
         WANT_BIAS, WANT_DEMOD, WANT_STRENGTH, WANT_STYLE,
     )  # fmt: skip
@@ -219,19 +219,19 @@ def second(
         p = start + i * BLOCK_P + tl.arange(0, BLOCK_P)
         mask_p = p < pixels
         mask = mask_p[:, None] & mask_c[None, :]
-        gz = tl.load(_tile(GZ, n, c, p, zn, zc, zh, zw, width, SPLIT), mask=mask, other=0.0).to(ACC)
-        ref = tl.load(_tile(REF, n, c, p, xn, xc, xh, xw, width, SPLIT), mask=mask, other=0.0).to(ACC)
-        bias = _vector(BIAS, c, mask_c, ACC, HAS_BIAS)
-        demod = _vector(DEMOD, pair, mask_c, ACC, HAS_DEMOD)
-        style = _vector(STYLE, pair, mask_c, ACC, HAS_STYLE)
-        h_bias = _vector(HBIAS, c, mask_c, ACC, GIVEN_BIAS)
-        h_demod = _vector(HDEMOD, pair, mask_c, ACC, GIVEN_DEMOD)
-        h_style = _vector(HSTYLE, pair, mask_c, ACC, GIVEN_STYLE)
-        noise = _map(NOISE, n, p, mask_p, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
-        h_noise = _map(HNOISE, n, p, mask_p, mn, mh, mw, width, SPLIT, ACC, GIVEN_NOISE)
+        gz = tl.load(tile_at(GZ, n, c, p, zn, zc, zh, zw, width, SPLIT), mask=mask, other=0.0).to(ACC)
+        ref = tl.load(tile_at(REF, n, c, p, xn, xc, xh, xw, width, SPLIT), mask=mask, other=0.0).to(ACC)
+        bias = load_vector(BIAS, c, mask_c, ACC, HAS_BIAS)
+        demod = load_vector(DEMOD, pair, mask_c, ACC, HAS_DEMOD)
+        style = load_vector(STYLE, pair, mask_c, ACC, HAS_STYLE)
+        h_bias = load_vector(HBIAS, c, mask_c, ACC, GIVEN_BIAS)
+        h_demod = load_vector(HDEMOD, pair, mask_c, ACC, GIVEN_DEMOD)
+        h_style = load_vector(HSTYLE, pair, mask_c, ACC, GIVEN_STYLE)
+        noise = load_map(NOISE, n, p, mask_p, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
+        h_noise = load_map(HNOISE, n, p, mask_p, mn, mh, mw, width, SPLIT, ACC, GIVEN_NOISE)
         h = zero
         if GIVEN_X:
-            hx = tl.load(_tile(HX, n, c, p, hn, hc, hh, hw, width, SPLIT), mask=mask, other=0.0).to(ACC)
+            hx = tl.load(tile_at(HX, n, c, p, hn, hc, hh, hw, width, SPLIT), mask=mask, other=0.0).to(ACC)
             h = hx
             if HAS_DEMOD:
                 h = hx * demod[None, :]
@@ -264,7 +264,7 @@ def second(
                 ggz = fh * style[None, :]
             if GIVEN_STYLE:
                 ggz += pointwise(pre, ACT, SLOPE, GAIN, CLAMP) * h_style[None, :]
-            tl.store(_tile(GGZ, n, c, p, on, oc, oh, ow, width, SPLIT), ggz.to(GGZ.dtype.element_ty), mask=mask)
+            tl.store(tile_at(GGZ, n, c, p, on, oc, oh, ow, width, SPLIT), ggz.to(GGZ.dtype.element_ty), mask=mask)
         if WANT_BIAS:
             sum_bias += a
         if WANT_DEMOD:
@@ -287,8 +287,8 @@ def second(
                 a = a * demod[None, :]
             if GIVEN_DEMOD:
                 a += g * h_demod[None, :]
-            tl.store(_tile(GX, n, c, p, gn, gc, gh, gw, width, SPLIT), a.to(GX.dtype.element_ty), mask=mask)
-    _write_sums(
+            tl.store(tile_at(GX, n, c, p, gn, gc, gh, gw, width, SPLIT), a.to(GX.dtype.element_ty), mask=mask)
+    write_sums(
         SUMS + row * channels, plane, c, mask_c, block * BLOCK_C, sum_bias, sum_demod, sum_strength, sum_style,
         WANT_BIAS, WANT_DEMOD, WANT_STRENGTH, WANT_STYLE,
     )  # fmt: skip

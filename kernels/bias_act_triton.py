@@ -32,6 +32,7 @@ Bytes moved per element of b bytes, of what is as large as x:
 and for noise b/C, for partial sums 4/(pixels of a program) each.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,20 +41,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hsrgan.kernels import bias_act_kernels as kernels
-from hsrgan.kernels import launch
+from hsrgan.kernels import blocks, launch
 from hsrgan.kernels.pointwise_triton import SMOOTH, chain_constants
 from hsrgan.kernels.tiles import Walk, channels_fastest, tile, tiles_per_program, walk
 
-WARPS = 4
-# Values in a tile. 4 warps hold 8 to 16 in each thread, of every operand and of every running sum: programs that keep
-# several sums have the smaller tile. On sm_90 that is 24 to 54 registers without sums, up to 96 for the gradients with
-# all four sums, and 155 for the second derivatives of everything at once; nothing spills.
-TILE, TILE_OF_SUMS = 2048, 1024
 SMALL = ("BIAS", "DEMOD", "NOISE", "STRENGTH", "STYLE")  # the order of these operands everywhere
 
 
-class _Chain(NamedTuple):
-    """What the three kernels of one call have in common."""
+class Chain(NamedTuple):
+    """What the kernels of one call have in common."""
 
     constants: dict[str, Any]  # ACT, SLOPE, GAIN, CLAMP
     from_y: bool  # the gradients read y, not x
@@ -90,21 +86,21 @@ class _Forward(Function):
     @staticmethod
     def forward(ctx, x, bias, demod, noise, strength, style, residual, constants):
         z = torch.empty_like(x)
-        small = _contiguous(bias, demod, noise, strength, style)
+        small = dense(bias, demod, noise, strength, style)
         piecewise = constants["ACT"] not in SMOOTH
         linear = piecewise and constants["SLOPE"] == 1 and constants["CLAMP"] is None
         told_by_z = linear or (piecewise and constants["GAIN"] > 0 and residual is None)
         from_y = told_by_z and style is None and not ctx.needs_input_grad[2]
-        ctx.chain = chain = _Chain(constants, from_y, x.shape, z.stride())
+        ctx.chain = chain = Chain(constants, from_y, x.shape, z.stride())
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(None if from_y and linear else z if from_y else x, bias, demod, noise, strength, style)
 
-        over = _walk(chain, small, x, noise, residual, z)
-        plan = _Plan(chain, over, x, TILE)
+        over = walk_over(chain, small, x, noise, residual, z)
+        plan = _Plan(chain, over, x, "forward")
         launch.run(
-            kernels.forward, plan.grid, *_pointers(x, *small, residual, z),
-            over.channels, over.pixels, over.width, plan.chunks, plan.blocks, *_numbers(over),
-            num_warps=WARPS, **_flags("HAS", *small), HAS_RESIDUAL=residual is not None,
+            kernels.forward, plan.grid, *pointers(x, *small, residual, z),
+            over.channels, over.pixels, over.width, plan.chunks, plan.blocks, *numbers(over),
+            **plan.limits, **flags("HAS", *small), HAS_RESIDUAL=residual is not None,
             **constants, **plan.constants,
         )  # fmt: skip
         return z
@@ -117,24 +113,24 @@ class _Forward(Function):
         ref, *small = ctx.saved_tensors
         if ctx.chain.from_y and ref is not None:
             ref = ref.detach()  # the mask is a constant: no gradient comes back through z
-        return *_First.apply(gz, ref, *small, ctx.chain, want), gz if want_residual else None, None
+        return *First.apply(gz, ref, *small, ctx.chain, want), gz if want_residual else None, None
 
 
-class _First(Function):
+class First(Function):
     """gz, x or y, bias, demod, noise, strength, style → gradients of x, bias, demod, noise, strength, style."""
 
     @staticmethod
     def forward(ctx, gz, ref, bias, demod, noise, strength, style, chain, want):
-        small = _contiguous(bias, demod, noise, strength, style)
+        small = dense(bias, demod, noise, strength, style)
         want_x, *want_small = want
         gx = chain.empty(gz) if want_x else None
-        over = _walk(chain, small, gz, ref, noise, gx)
-        plan = _Plan(chain, over, gz, TILE_OF_SUMS if sum(want_small) > 1 else TILE, want_small)
+        over = walk_over(chain, small, gz, ref, noise, gx)
+        plan = _Plan(chain, over, gz, "sums" if sum(want_small) > 1 else "gradient", want_small)
         launch.run(
-            kernels.first, plan.grid, *_pointers(gz, ref, *small, gx, plan.sums, plan.maps),
+            kernels.first, plan.grid, *pointers(gz, ref, *small, gx, plan.sums, plan.maps),
             over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
-            *_numbers(over), num_warps=WARPS, registers=plan.registers, FROM_Y=chain.from_y, **_flags("HAS", *small),
-            WANT_X=want_x, **_flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
+            *numbers(over), **plan.limits, FROM_Y=chain.from_y, **flags("HAS", *small),
+            WANT_X=want_x, **flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
         # the second derivative does not meet gz where z is piecewise linear in x and everything else is a constant
         keep = chain.smooth or style is not None or any(want[2:5]) or ctx.needs_input_grad[3]
@@ -145,37 +141,42 @@ class _First(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        if all(h is None for h in cotangents):
-            return (None,) * 9
-        hx, _, hdemod, hnoise, hstrength, hstyle = [h is not None for h in cotangents]
-        a = ctx.chain.smooth or hstyle  # else a is zero, and so is every gradient that has no other term
-        terms = (True, a or hdemod, a, a or hx, a or hstrength, a or hnoise, True)
-        want = [w and term for w, term in zip(launch.wanted(ctx)[:7], terms, strict=True)]
-        if not any(want):
-            return (None,) * 9
-        return *_Second.apply(*ctx.saved_tensors, *cotangents, ctx.chain, want), None, None
+        return *second(ctx.saved_tensors, cotangents, ctx.chain, launch.wanted(ctx)[:7]), None, None
 
 
-class _Second(Function):
-    """What `_First` takes, and the cotangents of what it gives → the gradients of what it takes."""
+def second(
+    operands: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], chain: Chain, want: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """The gradients of what `First` takes (operands: gz … style) from the cotangents of what it gives, where wanted."""
+    if all(h is None for h in cotangents):
+        return (None,) * 7
+    hx, _, hdemod, hnoise, hstrength, hstyle = [h is not None for h in cotangents]
+    a = chain.smooth or hstyle  # else a is zero, and so is every gradient that has no other term
+    terms = (True, a or hdemod, a, a or hx, a or hstrength, a or hnoise, True)
+    want = [w and term for w, term in zip(want, terms, strict=True)]
+    return Second.apply(*operands, *cotangents, chain, want) if any(want) else (None,) * 7
+
+
+class Second(Function):
+    """What `First` takes, and the cotangents of what it gives → the gradients of what it takes."""
 
     @staticmethod
     def forward(ctx, gz, ref, bias, demod, noise, strength, style, hx, hbias, hdemod, hnoise, hstrength, hstyle,
                 chain, want):  # fmt: skip
-        small = _contiguous(bias, demod, noise, strength, style)
-        given = _contiguous(hbias, hdemod, hnoise, hstrength, hstyle)
+        small = dense(bias, demod, noise, strength, style)
+        given = dense(hbias, hdemod, hnoise, hstrength, hstyle)
         want_z, want_x, *want_small = want
         like = next(t for t in (gz, ref, hx, *given) if t is not None)  # gz is left out where only its dtype matters
         ggz = chain.empty(like) if want_z else None
         gx = chain.empty(like) if want_x else None
-        over = _walk(chain, small, gz, ref, noise, hx, hnoise, ggz, gx)
-        plan = _Plan(chain, over, like, TILE_OF_SUMS, want_small)
+        over = walk_over(chain, small, gz, ref, noise, hx, hnoise, ggz, gx)
+        plan = _Plan(chain, over, like, "sums", want_small)
         launch.run(
-            kernels.second, plan.grid, *_pointers(gz, ref, *small, hx, *given, ggz, gx, plan.sums, plan.maps),
+            kernels.second, plan.grid, *pointers(gz, ref, *small, hx, *given, ggz, gx, plan.sums, plan.maps),
             over.samples, over.channels, over.pixels, over.width, plan.chunks, plan.blocks, plan.plane,
-            *_numbers(over), num_warps=WARPS, registers=plan.registers, FROM_Y=chain.from_y, **_flags("HAS", *small),
-            GIVEN_X=hx is not None, **_flags("GIVEN", *given), WANT_Z=want_z, WANT_X=want_x,
-            **_flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
+            *numbers(over), **plan.limits, FROM_Y=chain.from_y, **flags("HAS", *small),
+            GIVEN_X=hx is not None, **flags("GIVEN", *given), WANT_Z=want_z, WANT_X=want_x,
+            **flags("WANT", *want_small), **chain.constants, **plan.constants, TILES=plan.tiles,
         )  # fmt: skip
         return ggz, gx, *plan.totals((bias, demod, noise, strength, style))
 
@@ -187,17 +188,16 @@ class _Second(Function):
 class _Plan:
     """The tiles of one launch, and the memory of its sums."""
 
-    def __init__(self, chain: _Chain, over: Walk, like: Tensor, elements: int, want: list[bool] | None = None) -> None:
-        """want: of SMALL, which gradients are summed; None in the forward pass, whose programs do one tile each."""
+    def __init__(self, chain: Chain, over: Walk, like: Tensor, kind: str, want: list[bool] | None = None) -> None:
+        """kind: "forward", "gradient", or "sums" of programs that keep several. want: which of SMALL are summed."""
         self.over, self.chain, self.want = over, chain, want or [False] * 5
         noise = self.want[2]
         planes = sum(self.want) - noise
         acc = torch.float64 if like.dtype == torch.float64 else torch.float32
         # the gradient of noise is a sum over channels, of which a tile should hold many
         by_channels = noise or channels_fastest(chain.shape, chain.strides)
-        elements = elements // 2 if acc == torch.float64 else elements
-        block_p, block_c = tile(over.channels, over.pixels, by_channels, elements)
-        self.registers = 255 if like.element_size() > 2 else None
+        self.limits = blocks.sizes(f"bias_act.{kind}", like)
+        block_p, block_c = tile(over.channels, over.pixels, by_channels, self.limits.pop("elements"))
         self.blocks = -(-over.channels // block_c)
         chunks = -(-over.pixels // block_p)
         self.tiles = tiles_per_program(over.samples * chunks * self.blocks) if planes else 1
@@ -217,7 +217,7 @@ class _Plan:
 
     def totals(self, small: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """The gradients of SMALL from the partial sums, each in the shape and dtype of its tensor; None: not wanted."""
-        totals = iter([] if self.sums is None else _sum(self.sums, 2))  # of each plane: [samples, channels]
+        totals = iter([] if self.sums is None else sum_over(self.sums, 2))  # of each plane: [samples, channels]
         out: list[Tensor | None] = []
         for name, t, want in zip(SMALL, small, self.want, strict=True):
             if not want:
@@ -225,39 +225,39 @@ class _Plan:
                 continue
             if name == "NOISE":
                 n, _, *pixels = self.chain.shape
-                total = _sum(self.maps, 0).reshape(n, 1, *pixels).sum_to_size(t.shape)
+                total = sum_over(self.maps, 0).reshape(n, 1, *pixels).sum_to_size(t.shape)
             else:
                 total = next(totals)
-                total = total if name in ("DEMOD", "STYLE") else _sum(total, 0) if name == "BIAS" else total.sum()
+                total = total if name in ("DEMOD", "STYLE") else sum_over(total, 0) if name == "BIAS" else total.sum()
             out.append(total.to(t.dtype).reshape(t.shape))
         return out
 
 
-def _sum(t: Tensor, dim: int) -> Tensor:
+def sum_over(t: Tensor, dim: int) -> Tensor:
     """t.sum(dim), without a launch where there is one row."""
     return t.select(dim, 0) if t.shape[dim] == 1 else t.sum(dim)
 
 
-def _walk(chain: _Chain, small: tuple[Tensor | None, ...], *large: Tensor | None) -> Walk:
+def walk_over(chain: Chain, small: tuple[Tensor | None, ...], *large: Tensor | None) -> Walk:
     """large: in the kernel's order. Maps without channels are expanded; None has strides of 0."""
     expanded = [None if t is None else t.expand(chain.shape) for t in large]
     return walk(chain.shape, expanded, per_sample=small[1] is not None or small[4] is not None)
 
 
-def _numbers(over: Walk) -> tuple[int, ...]:
+def numbers(over: Walk) -> tuple[int, ...]:
     return sum(over.strides, ())
 
 
-def _contiguous(*small: Tensor | None) -> tuple[Tensor | None, ...]:
+def dense(*small: Tensor | None) -> tuple[Tensor | None, ...]:
     """Bias, demod, strength and next_style side by side in memory; noise, which may be large, keeps its strides."""
     return tuple(t if t is None or i == 2 else t.contiguous() for i, t in enumerate(small))
 
 
-def _pointers(*tensors: Tensor | None) -> list[Tensor]:
+def pointers(*tensors: Tensor | None) -> list[Tensor]:
     """Something to point to instead of each None: what nothing is read from or written to."""
     some = next(t for t in tensors if t is not None)
     return [some if t is None else t for t in tensors]
 
 
-def _flags(prefix: str, *small: Tensor | bool | None) -> dict[str, bool]:
-    return {f"{prefix}_{name}": t is not None and t is not False for name, t in zip(SMALL, small, strict=True)}
+def flags(prefix: str, *small: Tensor | bool | None) -> dict[str, bool]:
+    return {f"{prefix}_{name}": t is not None and t is not False for name, t in zip(SMALL, small, strict=False)}

@@ -114,6 +114,7 @@ def check_conv2d(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None
     k = weight.shape[-1]
     if weight.ndim != 4 or weight.shape[1] != x.shape[1] or weight.shape[2] != k or k % 2 == 0:
         raise ValueError(f"weight must be [Cout, {x.shape[1]}, k, k] with odd k; got {list(weight.shape)}")
+    launch.check_devices(x, weight=weight, f=f)
     if (up, down) != (1, 1):
         launch.check((up, down) in ((2, 1), (1, 2)), f"up and down are 1, or one of them 2; got up={up}, down={down}")
         launch.check(k in (1, 3), f"resampling takes 1×1 and 3×3 weights; got {k}×{k}")

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
 
 EPS = 1e-8  # floor of a norm in torch's cosine_similarity
@@ -146,8 +147,9 @@ def distance_and_gradient(
     gh, gw = y.shape[1:3]
     rows, grow = n * th * tw, (gh, gw) != (th, tw)
     acc, tl_acc = (torch.float64, tl.float64) if y.dtype == torch.float64 else (torch.float32, tl.float32)
-    block_c = min(1024, triton.next_power_of_2(channels))
-    block_r = max(1, min(16, 4096 // block_c))
+    blocks = table.sizes("feature_match.distance", y, "any")
+    block_c = min(blocks.pop("BC"), triton.next_power_of_2(channels))
+    block_r = max(1, min(blocks.pop("BR"), blocks.pop("values") // block_c))
     programs = -(-rows // block_r)
     loss = y.new_empty(programs, dtype=acc)
     dbias = y.new_empty((programs, channels) if keep else (1, 1), dtype=acc)
@@ -156,7 +158,7 @@ def distance_and_gradient(
     launch.run(
         distance_kernel, (programs,), y, bias, target, loss, d, dbias, rows, channels, *sizes, *target.stride(), scale,
         float(keep or 0), BR=block_r, BC=block_c, COSINE=distance == "cosine", GROW=grow, KEEP=keep is not None,
-        ACC=tl_acc, FLOOR=EPS, num_warps=8, num_stages=1,
+        ACC=tl_acc, FLOOR=EPS, **blocks,
     )  # fmt: skip
     total = loss.sum() / max(1, rows * channels if distance == "mse" else rows)
     if keep is None:
@@ -164,11 +166,13 @@ def distance_and_gradient(
     dy = d
     if grow:
         dy, cells = torch.empty_like(y), n * gh * gw
-        block_c = min(128, block_c)
+        blocks = table.sizes("feature_match.grow", y, "any")
+        block_c, block_r = min(blocks.pop("BC"), block_c), blocks.pop("BR")
         up, across = _most_in_a_bin(th, gh), _most_in_a_bin(tw, gw)
         launch.run(
-            grow_gradient_kernel, (-(-cells // 16), -(-channels // block_c)), d, dy, cells, channels, *sizes, scale,
-            BR=16, BC=block_c, UP=up, ACROSS=across, ACC=tl_acc, num_warps=4, num_stages=1,
+            grow_gradient_kernel, (-(-cells // block_r), -(-channels // block_c)),
+            d, dy, cells, channels, *sizes, scale,
+            BR=block_r, BC=block_c, UP=up, ACROSS=across, ACC=tl_acc, **blocks,
         )  # fmt: skip
     return total, dy, dbias.sum(0)
 

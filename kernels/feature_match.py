@@ -124,6 +124,8 @@ def feature_match(
     launch.check_shape(b2, "b2", w2.shape[0])
     launch.check(target.ndim == 4, f"target must be [N, Ct, h, w]; got {list(target.shape)}")
     launch.check_shape(target, "target", x.shape[0], w2.shape[0], *target.shape[2:])
+    launch.check(min(target.shape[2:]) > 0, f"target must have pixels; got {list(target.shape)}")
+    launch.check_devices(x, w1=w1, b1=b1, w2=w2, b2=b2, target=target)
     launch.check(distance in DISTANCES, f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
     if launch.backend(x) == "triton":
         from hsrgan.kernels.feature_match_triton import match

@@ -15,16 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import SQRT2
 from hsrgan.kernels.feature_distance_triton import distance_and_gradient
 from hsrgan.kernels.feature_pool_triton import dw_kernel, dx_kernel, pool_kernel
 
 PROGRAMS = 128  # a grid smaller than this leaves multiprocessors idle (an H200 has 132, an A100 108), so it is split
-# By the kind of product, see `kind`. A tile's columns at most, and its (image, bin column) pairs: the width of the
-# product that pools. An ieee product takes ordinary multipliers and whole rows in registers, hence so narrow.
-COLUMNS = {"half": 128, "tf32": 64, "ieee": 32}
-MEMBERS = {"half": 64, "tf32": 32, "ieee": 16}
 
 
 def kind(x: Tensor) -> str:
@@ -47,9 +44,10 @@ class Tiles:
     @staticmethod
     def of(x: Tensor, grid: tuple[int, int], pixels: int, *, whole_bins: bool) -> "Tiles":
         """At most `pixels` a tile. whole_bins: JB bin columns with all their pixels; else all that WB columns touch."""
-        (n, _, height, width), (h, w), members = x.shape, grid, MEMBERS[kind(x)]
+        (n, _, height, width), (h, w), limits = x.shape, grid, product_blocks("tiles", x)
+        members = limits["members"]
         most = max(16, members // 2)
-        columns = min(COLUMNS[kind(x)], max(16, triton.next_power_of_2(width)))
+        columns = min(limits["columns"], max(16, triton.next_power_of_2(width)))
         while columns > 16 and _bins_in(columns, width, w) > most:
             columns //= 2  # never depends on `pixels`: the bits are laid out by it
         bins = triton.next_power_of_2(min(w, most) if whole_bins else _bins_in(columns, width, w))
@@ -71,43 +69,14 @@ def _bins_in(columns: int, width: int, w: int) -> int:
     return max(-(-min(s + columns, width) * w // width) - s * w // width for s in starts)
 
 
-def pool_blocks(x: Tensor) -> dict[str, int]:
-    """Sizes of `pool_kernel` for x: pixels of a tile, BN, BC, warps, stages.
-
-    The weights of a program stay on the chip (NC = 1) where shared memory holds them beside two tiles of x: streaming
-    both asks twice as much of the L2. What fits gfx942's 64 kB fits everywhere.
-    """
-    chip, c = launch.chip(x), x.shape[1]
-    if kind(x) == "ieee":
-        return {"pixels": 32, "BN": 64, "BC": 16, "num_warps": 4, "num_stages": 3}
-    if kind(x) == "half" and c <= 256 and chip.startswith("sm_"):
-        pixels = 64 if chip.startswith("sm_8") else 128
-        return {"pixels": pixels, "BN": 128, "BC": max(16, triton.next_power_of_2(c)), "num_warps": 8, "num_stages": 2}
-    if kind(x) == "half" and chip in ("sm_90", "sm_100", "sm_103"):
-        return {"pixels": 128, "BN": 128, "BC": 64, "num_warps": 8, "num_stages": 4}
-    return {"pixels": 64, "BN": 64, "BC": 128 // x.element_size(), "num_warps": 4, "num_stages": 2}
-
-
-def dx_blocks(x: Tensor) -> dict[str, int]:
-    """Sizes of `dx_kernel`: pixels of a tile, BC, BK, warps, stages."""
-    channels = max(16, triton.next_power_of_2(x.shape[1]))
-    return {
-        "half": {"pixels": 128, "BC": min(256, channels), "BK": 64, "num_warps": 8, "num_stages": 2},
-        "tf32": {"pixels": 64, "BC": min(128, channels), "BK": 32, "num_warps": 8, "num_stages": 2},
-        "ieee": {"pixels": 32, "BC": min(128, channels), "BK": 16, "num_warps": 4, "num_stages": 3},
-    }[kind(x)]
-
-
-def dw_blocks(x: Tensor) -> dict[str, int]:
-    """Sizes of `dw_kernel`: pixels of a tile, BN, BC, warps, stages."""
-    channels = max(16, triton.next_power_of_2(x.shape[1]))
-    if kind(x) == "half" and (channels <= 64 or x.shape[1] % 16):  # short vectors cost addresses, hence registers
-        return {"pixels": 64, "BN": 64, "BC": min(64, channels), "num_warps": 4, "num_stages": 2}
-    return {
-        "half": {"pixels": 64, "BN": 128, "BC": min(128, channels), "num_warps": 8, "num_stages": 2},
-        "tf32": {"pixels": 64, "BN": 64, "BC": min(128, channels), "num_warps": 8, "num_stages": 2},
-        "ieee": {"pixels": 32, "BN": 64, "BC": min(64, channels), "num_warps": 8, "num_stages": 2},
-    }[kind(x)]
+def product_blocks(kernel: str, x: Tensor) -> dict[str, int]:
+    """The table's sizes of "pool", "dx" or "dw" for x. Its classes of shapes: "<kind> narrow|middle|wide[ ragged]"."""
+    c = x.shape[1]
+    width = "narrow" if c <= 64 else "middle" if c <= 256 else "wide"
+    sizes = table.sizes(f"feature_match.{kernel}", x, f"{kind(x)} {width}" + (" ragged" if c % 16 else ""))
+    if "BC" in sizes:
+        sizes["BC"] = min(sizes["BC"], max(16, triton.next_power_of_2(c)))
+    return sizes
 
 
 def precision(x: Tensor) -> dict[str, object]:
@@ -121,7 +90,7 @@ def precision(x: Tensor) -> dict[str, object]:
 
 def pool(x: Tensor, w1: Tensor, b1: Tensor, grid: tuple[int, int], scale: float, keep: bool) -> tuple[Tensor, Tensor]:
     """(scale·Σ over each bin of relu(w1 ⋆ x + b1) [N, h, w, K] of x's dtype, the bits). w1 [K, C] of x's dtype."""
-    (n, c, height, width), (h, w), k, blocks = x.shape, grid, len(w1), pool_blocks(x)
+    (n, c, height, width), (h, w), k, blocks = x.shape, grid, len(w1), product_blocks("pool", x)
     tiles = Tiles.of(x, grid, blocks.pop("pixels"), whole_bins=True)
     bins = x.new_empty(n, h, w, k)
     row_bytes = tiles.chunks * tiles.columns // 8
@@ -141,7 +110,7 @@ def pool(x: Tensor, w1: Tensor, b1: Tensor, grid: tuple[int, int], scale: float,
 
 def pool_dx(x: Tensor, dbins: Tensor, positive: Tensor, w1: Tensor, alpha: Tensor) -> Tensor:
     """The gradient of x from that of the bins; everything scaled by alpha [1]."""
-    (n, c, height, width), (_, h, w, k), blocks = x.shape, dbins.shape, dx_blocks(x)
+    (n, c, height, width), (_, h, w, k), blocks = x.shape, dbins.shape, product_blocks("dx", x)
     tiles = Tiles.of(x, (h, w), blocks.pop("pixels"), whole_bins=False)
     dx = torch.empty_like(x)
     row_tiles = -(-height // tiles.rows)
@@ -156,7 +125,7 @@ def pool_dx(x: Tensor, dbins: Tensor, positive: Tensor, w1: Tensor, alpha: Tenso
 
 def pool_dw(x: Tensor, dbins: Tensor, positive: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of w1 [K, C] and b1 [K], in fp32 (fp64 for fp64), from that of the bins; scaled by alpha [1]."""
-    (n, c, height, width), (_, h, w, k), blocks = x.shape, dbins.shape, dw_blocks(x)
+    (n, c, height, width), (_, h, w, k), blocks = x.shape, dbins.shape, product_blocks("dw", x)
     tiles = Tiles.of(x, (h, w), blocks.pop("pixels"), whole_bins=False)
     along_k, along_c, row_tiles = -(-k // blocks["BN"]), -(-c // blocks["BC"]), -(-height // tiles.rows)
     count = -(-n // tiles.images) * row_tiles * tiles.chunks

@@ -4,6 +4,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
 from hsrgan.kernels.fir4_kernels import fir4
 from hsrgan.kernels.tiles import power_of_two, tile
@@ -40,23 +41,20 @@ def centre(sides: Sides) -> int:
     return tap if min(x1, y1) >= 3 - tap else -1
 
 
-def _shape(y: Tensor, steps_y: int, steps_x: int, resampled: bool, plain: bool, source: bool) -> dict[str, int]:
-    """ROWS, UNROLL, COLS, CHANNELS and num_warps, from what registers allow (sm_90 builds; not from measurements).
-
-    A thread holds 16 bytes of a row where it reads one tensor and nothing is done at the taps (`plain`): blur 80
-    registers in fp32, 120 in half precision. The others hold 4 values (8 bytes of half precision): 90 to 130. Rows are
-    unrolled by 2, so that more loads are under way, but for a blur in half precision and what reads a `source`, which
-    spills 8 bytes on sm_100.
-    """
+def _shape(y: Tensor, steps_y: int, steps_x: int, kernel: str) -> dict[str, int | None]:
+    """ROWS, UNROLL, COLS, CHANNELS, num_warps and registers: the table's, and fewer where y is small."""
     n, c = y.shape[:2]
-    values = 16 // y.itemsize if plain else min(4, 16 // y.itemsize)
-    unroll = 2 if resampled or (values <= 4 and not source) else 1
-    cols, channels = tile(c, steps_x, is_nhwc(y), 4 * 32 * values)
-    rows = min(16, max(2, power_of_two(steps_y)))
+    sizes = table.sizes(kernel, y)
+    values = sizes["values"]
+    cols, channels = tile(c, steps_x, is_nhwc(y), sizes["num_warps"] * 32 * values)
+    rows = min(sizes["rows"], max(2, power_of_two(steps_y)))
     while rows > 8 and n * -(-c // channels) * -(-steps_x // cols) * -(-steps_y // rows) < 2048:
         rows //= 2
-    warps = min(4, max(1, cols * channels // (32 * values)))
-    return {"ROWS": rows, "UNROLL": unroll, "COLS": cols, "CHANNELS": channels, "num_warps": warps}
+    warps = min(sizes["num_warps"], max(1, cols * channels // (32 * values)))
+    return {
+        "ROWS": rows, "UNROLL": sizes["unroll"], "COLS": cols, "CHANNELS": channels, "num_warps": warps,
+        "registers": sizes.get("registers"),
+    }  # fmt: skip
 
 
 def launch_fir4(
@@ -100,8 +98,8 @@ def launch_fir4(
     else:
         skip_x, skip_y, lead_x, lead_y = 0, 0, x0, y0
         steps_x, steps_y = (out_w if down == 2 else (out_w + 1) // 2), out_h
-    plain = front == "none" and back in ("none", "activate")
-    shape = _shape(y, steps_y, steps_x, max(up, down) > 1, plain, source is not None)
+    kind = "blur" if front == "none" and back in ("none", "activate") else "chain" if source is None else "source"
+    shape = _shape(y, steps_y, steps_x, "fir4.resample" if max(up, down) > 1 else f"fir4.{kind}")
     strips, blocks = -(-steps_y // shape["ROWS"]), -(-steps_x // shape["COLS"])
     planes = len(sums)
     partial = None
@@ -127,7 +125,6 @@ def launch_fir4(
         **{f"SUM_{name.upper()}": name in sums for name in SUMS},
         WIDE=reach >= 2**31, ACC=accumulator(x),
         **shape,
-        registers=128 if up * down > 1 and x.element_size() == 2 else None,  # left alone, ptxas spills for sm_100
     )  # fmt: skip
     return [] if partial is None else list(partial.sum(2))
 

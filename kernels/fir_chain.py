@@ -8,7 +8,6 @@ filters than 4 separable taps, resampling, smooth activations, a negative gain, 
 gradient.
 """
 
-import torch
 from torch import Tensor
 
 from hsrgan.kernels import launch
@@ -92,8 +91,7 @@ def fir_bias_act(
     like = x[:, :, :1, :1].expand(shape) if x.numel() else x.new_empty(0).as_strided(shape, (0, 0, 0, 0))
     check_bias_act(like, bias, demod, noise, strength, act, alpha, clamp, next_style, None)
     act_gain = DEFAULT_GAIN[act] if act_gain is None else act_gain
-    wants_noise = noise is not None and noise.requires_grad and torch.is_grad_enabled()
-    fits = rates == (1, 1) and next_style is None and not wants_noise
+    fits = rates == (1, 1) and next_style is None and not launch.wants_gradient(noise)
     if launch.backend(x) == "triton" and fits and _fusible(f, act, act_gain):
         from hsrgan.kernels.fir_chain_triton import fir_bias_act_triton, gradient_fits
 

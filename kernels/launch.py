@@ -37,7 +37,7 @@ def backend(x: Tensor) -> str:
         if not x.is_cuda:
             return "torch"
         if not _has_triton:
-            warnings.warn("triton is not installed: the ops run in plain PyTorch; pip install triton", stacklevel=3)
+            _say_what_is_missing()
         return "triton" if _has_triton else "torch"
     if _requested == "triton":
         check(_has_triton, "the triton backend needs the package triton: pip install triton")
@@ -45,6 +45,12 @@ def backend(x: Tensor) -> str:
         what = f"the triton backend runs on a GPU, or interpreted (TRITON_INTERPRET=1); x is on {x.device}"
         check(x.is_cuda or interpreted, what)
     return _requested
+
+
+@functools.cache
+def _say_what_is_missing() -> None:
+    """Once in a process, whichever op comes first and whatever Python's filters of warnings repeat."""
+    warnings.warn("triton is not installed: the ops run in plain PyTorch; pip install triton", stacklevel=4)
 
 
 @contextmanager
@@ -159,6 +165,11 @@ def _will_run(node: torch.autograd.graph.Node) -> bool:
         return True
 
 
+def wants_gradient(t: Tensor | None) -> bool:
+    """Will a gradient of t be recorded?"""
+    return t is not None and t.requires_grad and torch.is_grad_enabled()
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a Function's backward that has no derivative of its own: differentiating its results raises.
 
@@ -195,6 +206,14 @@ def check(ok: bool, message: str) -> None:
     """ValueError(message) unless ok. Messages name the argument."""
     if not ok:
         raise ValueError(message)
+
+
+def check_devices(x: Tensor, **named: Tensor | None) -> None:
+    """The named tensors (None passes) must be floating-point and on the device of x; ValueError otherwise."""
+    for name, t in named.items():
+        if t is not None:
+            check(t.is_floating_point(), f"{name} must be floating-point; got {t.dtype}")
+            check(t.device == x.device, f"{name} must be on the device of x, {x.device}; got {t.device}")
 
 
 def check_images(x: Tensor, name: str = "x") -> None:

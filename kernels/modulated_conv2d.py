@@ -76,11 +76,7 @@ def modulated_conv2d(
     Differentiable any number of times in every tensor but f.
     """
     check_conv2d(x, weight, up, 1, f)
-    launch.check_shape(style, "style", *x.shape[:2])
-    if demodulate and x.dtype == torch.float16:
-        weight, style = normalize_for_half(weight, style)
-    demod = demodulation(weight, style) if demodulate else None
-    x = x * style.to(x.dtype)[:, :, None, None]
+    x, weight, demod = _modulated(x, weight, style, demodulate)
     if up == 2 and weight.shape[-1] == 3:
         return fir_bias_act(
             transposed_conv2d(x, weight), f, bias, padding=transposed_padding(f), gain=4, demod=demod, noise=noise,
@@ -88,3 +84,25 @@ def modulated_conv2d(
         )  # fmt: skip
     x = conv2d(x, weight, up=up, f=f)
     return bias_act(x, bias, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp)
+
+
+def modulated_convolution(
+    x: Tensor, weight: Tensor, style: Tensor, *, demodulate: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """(c, demod), from which bias_act(c, demod=demod, …) makes modulated_conv2d(x, weight, style, …) at the size of x.
+
+    For an op that does more in the pass of the tail than the tail. Arguments and derivatives as of `modulated_conv2d`.
+    """
+    check_conv2d(x, weight, 1, 1, None)
+    x, weight, demod = _modulated(x, weight, style, demodulate)
+    return conv2d(x, weight), demod
+
+
+def _modulated(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x·style, the weight to convolve it with, and the demodulation."""
+    launch.check_shape(style, "style", *x.shape[:2])
+    launch.check_devices(x, style=style)
+    if demodulate and x.dtype == torch.float16:
+        weight, style = normalize_for_half(weight, style)
+    demod = demodulation(weight, style) if demodulate else None
+    return x * style.to(x.dtype)[:, :, None, None], weight, demod

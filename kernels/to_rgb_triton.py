@@ -19,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
+from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
 from hsrgan.kernels.fir4_triton import accumulator, empty, is_nhwc
+from hsrgan.kernels.pointwise_triton import limit_like
 from hsrgan.kernels.tiles import tile, tiles_per_program
 from hsrgan.kernels.upfirdn2d_triton import UpFirDn
-
-MAX_OUTPUTS = 4
 
 
 @triton.jit
@@ -54,14 +54,15 @@ def _upsampled(IMAGE, F, i, j, height, width, i_h, i_w, ok, ACC: tl.constexpr):
 
 
 @triton.jit
-def _finish(total, o: tl.constexpr, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h,
+def finish(total, o: tl.constexpr, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h,
             i_w, bits, CLAMP: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Bias, clamp and image for output o, stored; the bits so far, with o's."""
     if BIAS is not None:
         total += tl.load(BIAS + o).to(ACC)
     if CLAMP is not None:
-        bits += tl.where(tl.abs(total) < CLAMP, 0, 1 << o)
-        total = tl.where(total > CLAMP, CLAMP, tl.where(total < -CLAMP, -CLAMP, total))
+        limit = limit_like(total, CLAMP)
+        bits += tl.where(tl.abs(total) < limit, 0, 1 << o)
+        total = tl.where(total > limit, limit, tl.where(total < -limit, -limit, total))
     if IMAGE is not None:
         i, j = p // width, p % width
         image = IMAGE + n * i_n + o * i_c
@@ -117,14 +118,14 @@ def project(
         total = tl.sum(t0 if o == 0 else t1 if o == 1 else t2 if o == 2 else t3, 1)
         if GIVEN_MASK:
             total = tl.where((hidden >> o) & 1 == 1, 0.0, total)
-        bits = _finish(total, o, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h,
+        bits = finish(total, o, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h,
                        i_w, bits, CLAMP, UP, ACC)  # fmt: skip
     if MASK is not None and not GIVEN_MASK:
         tl.store(MASK + n * pixels + p, bits.to(tl.uint8), mask=ok)
 
 
 @triton.jit
-def _incoming(GY, n, o: tl.constexpr, p, ok, hidden, width, g_n, g_c, g_h, g_w, ACC: tl.constexpr):
+def incoming(GY, n, o: tl.constexpr, p, ok, hidden, width, g_n, g_c, g_h, g_w, ACC: tl.constexpr):
     """g of output o [pixels]: gy, or 0 where it was clamped."""
     at = GY + n * g_n + o * g_c + (p // width).to(tl.int64) * g_h + (p % width) * g_w
     g = tl.load(at, mask=ok, other=0.0).to(ACC)
@@ -167,7 +168,7 @@ def gradient(
             x = tl.load(x_at[:, None] + (wide * x_c)[None, :], mask=both, other=0.0).to(ACC)
         gx = tl.zeros([PIXELS, CHANNELS], ACC)
         for o in tl.static_range(OUTPUTS):
-            g = _incoming(GY, n, o, p, ok, hidden, width, g_n, g_c, g_h, g_w, ACC)
+            g = incoming(GY, n, o, p, ok, hidden, width, g_n, g_c, g_h, g_w, ACC)
             if GX is not None:
                 gx += g[:, None] * tl.load(v + o * channels, mask=ch_ok, other=0.0).to(ACC)[None, :]
             if o == 0:
@@ -199,11 +200,17 @@ def to_rgb_triton(
     f: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """`to_rgb` of checked arguments with at most MAX_OUTPUTS outputs; f 4 separable taps where image is smaller."""
+    return _ToRGB.apply(x, *projection(x, weight, style, bias, image, f), clamp)
+
+
+def projection(
+    x: Tensor, weight: Tensor, style: Tensor, bias: Tensor | None, image: Tensor | None, f: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """v [N, outputs, C], bias, image, f as the kernels take them: in fp32 (fp64 for fp64 x), f a constant."""
     wide = torch.promote_types(x.dtype, torch.float32)
     v = weight.flatten(1).to(wide) * style.to(wide)[:, None]
-    bias = None if bias is None else bias.to(wide)
-    image = None if image is None else image.to(wide)
-    return _ToRGB.apply(x, v, bias, image, None if f is None else f.detach(), clamp)
+    bias, image = (None if t is None else t.to(wide) for t in (bias, image))
+    return v, bias, image, None if f is None else f.detach()
 
 
 class _ToRGB(Function):
@@ -229,16 +236,18 @@ class _ToRGB(Function):
         gx = gv = gbias = gimage = None
         if want_x or want_v or want_bias:
             clamped = None if mask is None else bias
-            gx, gv, gbias = _Gradient.apply(gy, x, v, mask, want_x, want_v, want_bias, clamped)
+            gx, gv, gbias = Gradient.apply(gy, x, v, mask, want_x, want_v, want_bias, clamped)
         if want_image:
-            # the transpose of upsampling: padding [1, 1], mirrored taps, gain 4 still
-            gimage = gy
-            if ctx.up:
-                gimage = UpFirDn.apply(gy, f, (1, 1), (2, 2), (1, 1, 1, 1), True, 4.0, ctx.nhwc)
+            gimage = image_gradient(gy, f, ctx.up, ctx.nhwc)
         return gx, gv, gbias, gimage, None, None
 
 
-class _Gradient(Function):
+def image_gradient(gy: Tensor, f: Tensor | None, up: bool, nhwc: bool) -> Tensor:
+    """The gradient of image: where it is upsampled the transpose of that: padding [1, 1], mirrored taps, gain 4."""
+    return UpFirDn.apply(gy, f, (1, 1), (2, 2), (1, 1, 1, 1), True, 4.0, nhwc) if up else gy
+
+
+class Gradient(Function):
     """gy, x, v → gx, gv, gbias, as far as wanted, of gy where mask does not hide it.
 
     bias, where it moves the clamp: its gradient is zero, not missing, as in PyTorch (an optimiser tells them apart).
@@ -257,19 +266,19 @@ class _Gradient(Function):
         want_gy, want_x, want_v, *_ = launch.wanted(ctx)
         ggy = gx = gv = None
         if want_gy:
-            parts = [] if hx is None else [_Project.apply(hx, v, mask)]
-            parts += [] if hv is None else [_Project.apply(x, hv, mask)]
-            parts += [] if hbias is None else [_shown(hbias, gy, mask)]
+            parts = [] if hx is None else [Project.apply(hx, v, mask)]
+            parts += [] if hv is None else [Project.apply(x, hv, mask)]
+            parts += [] if hbias is None else [shown(hbias, gy, mask)]
             ggy = sum(parts[1:], parts[0]) if parts else None
         if want_x and hv is not None:
-            gx, _, _ = _Gradient.apply(gy, x, hv, mask, True, False, False)
+            gx, _, _ = Gradient.apply(gy, x, hv, mask, True, False, False)
         if want_v and hx is not None:
-            _, gv, _ = _Gradient.apply(gy, hx, v, mask, False, True, False)
+            _, gv, _ = Gradient.apply(gy, hx, v, mask, False, True, False)
         gbias = x.new_zeros(ctx.bias, dtype=v.dtype) if ctx.bias is not None and ctx.needs_input_grad[7] else None
         return ggy, gx, gv, *[None] * 4, gbias
 
 
-class _Project(Function):
+class Project(Function):
     """x, v → Σ_c x·v where mask does not hide it: linear in both."""
 
     @staticmethod
@@ -281,11 +290,11 @@ class _Project(Function):
     def backward(ctx, gy):
         x, v, mask = ctx.saved_tensors
         want_x, want_v, _ = launch.wanted(ctx)
-        gx, gv, _ = _Gradient.apply(gy, x, v, mask, want_x, want_v, False)
+        gx, gv, _ = Gradient.apply(gy, x, v, mask, want_x, want_v, False)
         return gx, gv, None
 
 
-def _shown(each: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:
+def shown(each: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:
     """each [outputs], as a map like `like`, zero where mask hides it."""
     each = each[:, None, None].expand(like.shape)
     if mask is None:
@@ -303,7 +312,8 @@ def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
     n, c, h, w = x.shape
     outputs = v.shape[1]
     y = empty(v, n, outputs, h, w, nhwc=is_nhwc(x))
-    pixels, channels = tile(c, h * w, is_nhwc(x), 4 * 32 * max(4, 32 // x.itemsize))
+    sizes = table.sizes("to_rgb.project", x)
+    pixels, channels = tile(c, h * w, is_nhwc(x), sizes.pop("elements"))
     chunks = -(-h * w // pixels)
     image_numbers = (0,) * 6 if image is None else (*image.shape[2:], *image.stride())
     launch.run(
@@ -312,7 +322,7 @@ def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
         mask, y, c, h * w, w, chunks, *image_numbers[:2],
         *x.stride(), y.stride(0), y.stride(1), y.stride(3), *image_numbers[2:],
         OUTPUTS=outputs, CLAMP=clamp, UP=f is not None, GIVEN_MASK=given_mask, SPLIT=not _flat(x),
-        PIXELS=pixels, CHANNELS=channels, BLOCKS=-(-c // channels), ACC=accumulator(x),
+        PIXELS=pixels, CHANNELS=channels, BLOCKS=-(-c // channels), ACC=accumulator(x), **sizes,
     )  # fmt: skip
     return y
 
@@ -321,7 +331,8 @@ def _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias) -> tuple[Tensor 
     n, c, h, w = x.shape
     outputs = v.shape[1]
     gx = empty(x, n, c, h, w, nhwc=is_nhwc(x)) if want_x else None
-    pixels, channels = tile(c, h * w, is_nhwc(x), 1024 if x.itemsize <= 4 else 512)
+    sizes = table.sizes("to_rgb.gradient", x)
+    pixels, channels = tile(c, h * w, is_nhwc(x), sizes.pop("elements"))
     blocks, chunks = -(-c // channels), -(-h * w // pixels)
     tiles = tiles_per_program(n * chunks * blocks)
     chunks = -(-chunks // tiles)
@@ -333,6 +344,6 @@ def _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias) -> tuple[Tensor 
         gy, x, v.contiguous(), mask, gx, gv, gbias, c, h * w, w, chunks,
         *gy.stride(), *x.stride(), *strides,
         OUTPUTS=outputs, SPLIT=not _flat(x), PIXELS=pixels, CHANNELS=channels, TILES=tiles,
-        ACC=accumulator(x),
+        ACC=accumulator(x), **sizes,
     )  # fmt: skip
     return gx, None if gv is None else gv.sum(1), None if gbias is None else gbias.sum((0, 1))

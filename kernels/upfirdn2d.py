@@ -6,6 +6,8 @@
 A true convolution with f, or, with flip_filter, a correlation; both are one for the symmetric [1,3,3,1] of StyleGAN2.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,17 +18,18 @@ Pair = int | tuple[int, int] | list[int]
 
 
 def pair(value: Pair, name: str) -> tuple[int, int]:
-    x, y = (value, value) if isinstance(value, int) else value
-    launch.check(1 <= x <= 4 and 1 <= y <= 4, f"{name} must be 1 … 4; got {value}")
-    return x, y
+    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, tuple | list) else ()
+    ok = len(both) == 2 and all(isinstance(v, int) and 1 <= v <= 4 for v in both)
+    launch.check(ok, f"{name} must be 1 … 4, one whole number or (x, y); got {value}")
+    return both
 
 
 def paddings(padding: int | tuple[int, ...] | list[int]) -> tuple[int, int, int, int]:
     """(x0, x1, y0, y1) of an int, an (x, y) or an (x0, x1, y0, y1)."""
-    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding) if isinstance(padding, tuple | list) else ()
     if len(sides) == 2:
         sides = (sides[0], sides[0], sides[1], sides[1])
-    if len(sides) != 4:
+    if len(sides) != 4 or not all(isinstance(side, int) for side in sides):
         raise ValueError(f"padding must be an int, (x, y) or (x0, x1, y0, y1); got {padding}")
     return sides
 
@@ -133,7 +136,7 @@ def check_filter(f: Tensor | None, x: Tensor) -> None:
         return
     if f.ndim not in (1, 2) or f.numel() == 0:
         raise ValueError(f"f must be a 1-d or 2-d filter, or None; got shape {list(f.shape)}")
-    launch.check(f.device == x.device, f"f must be on the device of x, {x.device}; got {f.device}")
+    launch.check_devices(x, f=f)
 
 
 def output_shape(
@@ -158,7 +161,8 @@ def down_padding(taps: int) -> tuple[int, int]:
     return (taps - 1) // 2, (taps - 2) // 2
 
 
-def _image_sides(f: Tensor, pads: tuple[int, int]) -> tuple[int, int, int, int]:
+def _image_sides(f: Tensor, pads: Callable[[int], tuple[int, int]]) -> tuple[int, int, int, int]:
+    launch.check(f is not None and f.ndim in (1, 2), "f must be a 1-d or 2-d filter")
     return (*pads(f.shape[-1]), *pads(f.shape[0]))
 
 

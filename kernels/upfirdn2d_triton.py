@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
+from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
 from hsrgan.kernels.fir4_triton import Sides, accumulator, empty, is_nhwc, launch_fir4, output_size
 from hsrgan.kernels.tiles import power_of_two, tile
@@ -69,9 +70,10 @@ def general(
 def _general(x: Tensor, f: Tensor, y: Tensor, up: Pair, down: Pair, sides: Sides, flip: bool, gain: float) -> None:
     n, c, h, w = x.shape
     out_h, out_w = y.shape[2:]
-    vector = 16 // y.itemsize
-    cols, channels = tile(c, out_w, is_nhwc(y), 4 * 32 * vector)
-    rows = min(power_of_two(out_h), max(1, 4 * 32 * vector // (cols * channels)))
+    sizes = table.sizes("upfirdn2d", y)
+    elements = sizes["num_warps"] * 32 * sizes["values"]
+    cols, channels = tile(c, out_w, is_nhwc(y), elements)
+    rows = min(power_of_two(out_h), max(1, elements // (cols * channels)))
     strips, blocks = -(-out_h // rows), -(-out_w // cols)
     launch.run(
         general,
@@ -81,7 +83,7 @@ def _general(x: Tensor, f: Tensor, y: Tensor, up: Pair, down: Pair, sides: Sides
         FIR_GAIN=gain, FLIP=flip, SEPARABLE=f.ndim == 1, TAPS_Y=f.shape[0], TAPS_X=f.shape[-1],
         UP_Y=up[1], UP_X=up[0], DOWN_Y=down[1], DOWN_X=down[0],
         ROWS=rows, COLS=cols, CHANNELS=channels, ACC=accumulator(x),
-        num_warps=4 if rows * cols * channels >= 512 else 1,
+        num_warps=sizes["num_warps"] if rows * cols * channels >= 512 else 1,
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Whole networks on the Triton backend, interpreted, against PyTorch: every penalty that training takes."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from hsrgan import kernels
 from hsrgan.engine import losses
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
+from hsrgan.kernels import launch
 
 WIDTHS = {"channel_base": 32, "channel_max": 4, "mapping_layers": 1}
 
@@ -45,12 +48,19 @@ def r1(g, d, heads, z, noise, reals):
 
 
 @pytest.mark.parametrize("phase", [g_main, path_length, d_main, r1], ids=lambda phase: phase.__name__)
-def test_every_phase_has_the_gradients_of_pytorch(networks, phase):
+def test_every_phase_has_the_gradients_of_pytorch(networks, phase, monkeypatch):
     g, d, heads = networks
     torch.manual_seed(1)
     z, noise = torch.randn(2, 6).double(), torch.randn(2, g.synthesis.noise_size).double()
     reals = torch.randn(2, 3, 16, 16).double()
-    found = []
+    found, launched = [], Counter()
+
+    def counted(kernel, *arguments, **options):
+        launched[f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"] += 1
+        return run(kernel, *arguments, **options)
+
+    run = launch.run
+    monkeypatch.setattr(launch, "run", counted)
     for backend in ("torch", "triton"):
         with kernels.use_backend(backend):
             loss, trained = phase(g, d, heads, z, noise, reals)
@@ -60,3 +70,7 @@ def test_every_phase_has_the_gradients_of_pytorch(networks, phase):
     for truth, triton in zip(*found, strict=True):
         torch.testing.assert_close(triton, truth, rtol=1e-9, atol=1e-9 * float(found[0][0].abs() + 1))
     assert sum(float(x.abs().sum()) > 0 for x in found[0]) > len(found[0]) / 2
+    # each block of G ends in one pass, forward and backward; to_rgb's own kernels make second derivatives at most
+    blocks = len(g.synthesis.resolutions) if phase in (g_main, path_length) else 0
+    assert launched["bias_act_to_rgb_triton.forward"] == launched["bias_act_to_rgb_triton.gradient"] == blocks
+    assert (launched["to_rgb_triton.gradient"] > 0) == (phase is path_length)

@@ -9,7 +9,7 @@ from opcheck import CHECKS, OpCase, assert_equal, check, derivatives
 from watched import watched
 
 from hsrgan import kernels
-from hsrgan.kernels import launch, use_backend
+from hsrgan.kernels import blocks, launch, use_backend
 
 pytest.importorskip("triton")
 from hsrgan.kernels import bias_act_triton as module
@@ -95,7 +95,7 @@ def test_every_set_of_operands(act):
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gain", [0.0, -0.6])
 def test_second_derivatives_at_any_gain(act, gain):
-    same(NAMES, operands(2, 3, 2, 2), act=act, gain=gain, clamp=0.7 if gain else None)
+    same(NAMES, operands(2, 3, 2, 2), act=act, gain=gain, clamp=0.8 if gain else None)
 
 
 @pytest.mark.parametrize("names", [NAMES, ("x", "bias", "residual"), ("x", "noise")], ids=len)
@@ -115,18 +115,19 @@ def test_any_next_style(style):
     """Nothing is divided by it."""
     tensors = operands(2, 3, 2, 2)
     tensors[5][:, :2] = style
-    same(NAMES, tensors, clamp=0.7)
+    same(NAMES, tensors, clamp=0.8)  # which in fp32 is larger than in fp64
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_sums_over_several_tiles_programs_and_blocks(memory_format, monkeypatch):
     """As at large sizes: 2 tiles to a program, several programs to a sample, several blocks of channels."""
-    monkeypatch.setattr(module, "TILE", 256)
-    monkeypatch.setattr(module, "TILE_OF_SUMS", 256)
+    kinds = ("forward", "gradient", "sums")
+    rows = [blocks.Row(f"bias_act.{kind}", "*", (4,), "*", (("elements", 512),), "test") for kind in kinds]
     monkeypatch.setattr(module, "tiles_per_program", lambda tiles: 2)
     tensors = [t.contiguous(memory_format=memory_format) if t.ndim == 4 else t for t in operands(2, 65, 3, 2)]
-    same(NAMES, tensors, clamp=0.7, act="swish")
-    same(("x", "bias"), [tensors[0], tensors[1]])
+    with blocks.using(rows):  # 256 in fp64
+        same(NAMES, tensors, clamp=0.7, act="swish")
+        same(("x", "bias"), [tensors[0], tensors[1]])
 
 
 def penalty(inner, outer, backend):

@@ -5,6 +5,7 @@ resize. A dtype's tolerance is twice the error that the definition makes in that
 """
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def to_rgb_case(n, c, h, w, scale, **options):
     )
 
 
+def fold_case(n, c, h, w, **options):
+    shapes = ((n, c, h, w), (3, c, 1, 1), (n, c), (c,), (3,), (n, c), (n, 1, h, w), (1,), (n, 3, h, w))
+    names = ("x", "weight", "style", "bias", "rgb_bias", "demod", "noise", "strength", "image")
+
+    def call(op):
+        return lambda *t: torch.cat(op(**dict(zip(names, t, strict=True)), f=TAPS, **options), 1)
+
+    return "bias_act_to_rgb", [normal(*shape) for shape in shapes], call
+
+
 def resample_case(name, n, c, h, w):
     return name, [normal(n, c, h, w)], lambda op: lambda x: op(x, TAPS, gain=1.5)
 
@@ -99,6 +110,7 @@ CASES = {
     "modulated_conv2d-plain": lambda n, h, w: modulated_case(n, 3, h, w, 1, demodulate=False, act="linear"),
     "to_rgb": lambda n, h, w: to_rgb_case(n, 3, h, w, 1, clamp=2.0),
     "to_rgb-up": lambda n, h, w: to_rgb_case(n, 3, 2 * h, 2 * w, 2),
+    "bias_act_to_rgb": lambda n, h, w: fold_case(n, 3, h, w, clamp=0.7, rgb_clamp=2.0),
 }
 
 
@@ -376,44 +388,9 @@ def test_feature_match_computes_what_is_wanted_and_no_second_order():
         torch.autograd.grad(kernels.feature_match(inputs[0], *heads, target), heads[0], create_graph=True)
 
 
-# Refusals
+# Backends
 
-X, W, S = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 3, 3), torch.randn(2, 3)
-
-
-@pytest.mark.parametrize(
-    ("message", "call"),
-    [
-        ("x must be", lambda: kernels.bias_act(torch.zeros(2, 3, 4, 4, dtype=torch.int32))),
-        ("bias must have shape \\[3\\]", lambda: kernels.bias_act(X, torch.zeros(4))),
-        ("demod must have shape", lambda: kernels.bias_act(X, demod=torch.zeros(2, 4))),
-        ("next_style must have shape", lambda: kernels.bias_act(X, next_style=torch.zeros(3, 3))),
-        ("residual must have shape", lambda: kernels.bias_act(X, residual=torch.zeros(2, 3, 4, 5))),
-        ("noise must have shape", lambda: kernels.bias_act(X, noise=torch.zeros(2, 3, 4, 4))),
-        ("strength needs noise", lambda: kernels.bias_act(X, strength=torch.zeros(1))),
-        ("act must be one of", lambda: kernels.bias_act(X, act="gelu")),
-        ("alpha is the slope", lambda: kernels.bias_act(X, act="relu", alpha=0.1)),
-        ("clamp must be positive", lambda: kernels.bias_act(X, clamp=0.0)),
-        ("x must be", lambda: kernels.upfirdn2d(X[0], TAPS)),
-        ("f must be", lambda: kernels.upfirdn2d(X, TAPS[None, None])),
-        ("up must be", lambda: kernels.upfirdn2d(X, TAPS, up=0)),
-        ("padding must be", lambda: kernels.upfirdn2d(X, TAPS, padding=(1, 2, 3))),
-        ("weight must be", lambda: kernels.conv2d(X, torch.randn(5, 4, 3, 3))),
-        ("weight must be", lambda: kernels.conv2d(X, torch.randn(5, 3, 2, 2))),
-        ("up and down", lambda: kernels.conv2d(X, W, up=2, down=2, f=TAPS)),
-        ("takes 1×1 and 3×3", lambda: kernels.conv2d(X, torch.randn(5, 3, 5, 5), up=2, f=TAPS)),
-        ("f, a 1-d or 2-d filter, is needed", lambda: kernels.conv2d(X, W, down=2)),
-        ("style must have shape", lambda: kernels.modulated_conv2d(X, W, torch.zeros(2, 4))),
-        ("weight must have shape", lambda: kernels.to_rgb(X, W, S)),
-        ("image must be", lambda: kernels.to_rgb(X, W[:, :, :1, :1], S, image=torch.zeros(2, 5, 3, 3))),
-        ("f is needed", lambda: kernels.to_rgb(X, W[:, :, :1, :1], S, image=torch.zeros(2, 5, 2, 2))),
-        ("w2 must have shape", lambda: kernels.feature_match(*hsr_tensors(2, 3, (4, 4), (2, 2))[:3], W, W, X)),
-        ("distance must be", lambda: kernels.feature_match(*hsr_tensors(2, 3, (4, 4), (2, 2)), distance="l1")),
-    ],
-)
-def test_arguments_that_do_not_fit_are_named(message, call):
-    with pytest.raises(ValueError, match=message):
-        call()
+X = torch.randn(2, 3, 4, 4)
 
 
 def test_backend_is_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
@@ -428,6 +405,24 @@ def test_backend_is_triton_where_it_runs_and_torch_elsewhere(monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(ValueError, match="x is on cpu"):
             kernels.bias_act(X)
+
+
+def test_a_gpu_machine_without_triton_is_told_once(monkeypatch):
+    from hsrgan.kernels import launch
+
+    class OnGpu:
+        is_cuda = True
+
+    monkeypatch.setattr(launch, "_has_triton", False)
+    launch._say_what_is_missing.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert [kernels.backend(OnGpu()) for _ in range(3)] == ["torch"] * 3
+    assert [str(each.message) for each in told] == [
+        "triton is not installed: the ops run in plain PyTorch; pip install triton"
+    ]
+    with pytest.raises(ValueError, match="needs the package triton"), kernels.use_backend("triton"):
+        kernels.bias_act(X)
 
 
 def test_bias_act_of_rows_with_noise():

@@ -249,6 +249,27 @@ def test_metrics_that_cannot_be_are_refused_at_the_start(workspace, monkeypatch)
     expect_error(workspace, "run_dir=broken", "metrics={names: fid50k_full}", naming="import_weights.py inception")
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_off_unless_the_recipe_allows_it(workspace, tmp_path, allowed):
+    """Set before anything is computed: here the run ends at its data, which is not there."""
+    from hsrgan.engine.errors import UserError
+    from hsrgan.engine.train import train as train_here
+    from hsrgan.kernels import launch
+
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    changes = [f"run_dir={tmp_path}", "data.builtin=null", f"data.shards={tmp_path}/none", "hsr=null"]
+    try:
+        launch.allow_tf32(not allowed)
+        with pytest.raises(UserError, match="none does not exist"):
+            train_here(workspace / "recipe.yaml", changes + ["tf32=true"] * allowed)
+        assert [launch.tf32_allowed(), *(switch.allow_tf32 for switch in switches)] == [allowed] * 3
+    finally:
+        launch.allow_tf32(False)
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
 def expect_error(folder: Path, *overrides: str, naming: str) -> None:
     (process,) = start(folder, *overrides)
     output = process.communicate(timeout=120)[0]

@@ -48,10 +48,15 @@ class Call:
             tensors[name] = t.requires_grad_(name not in self.constants)
         return tensors
 
-    def function(self, op: Callable[..., Tensor] | None = None) -> Callable[..., Tensor]:
-        """The public op (or another with its arguments), as a function of the tensors by name."""
+    def function(self, op: Callable[..., Any] | None = None) -> Callable[..., tuple[Tensor, ...]]:
+        """The public op (or another with its arguments), as a function of the tensors by name; all its results."""
         op = getattr(kernels, self.op) if op is None else op
-        return lambda **tensors: op(**tensors, **self.options)
+
+        def function(**tensors: Tensor) -> tuple[Tensor, ...]:
+            results = op(**tensors, **self.options)
+            return (results,) if isinstance(results, Tensor) else results
+
+        return function
 
 
 def passes(call: Call, dtype: torch.dtype, device: str = "meta") -> None:
@@ -59,15 +64,15 @@ def passes(call: Call, dtype: torch.dtype, device: str = "meta") -> None:
     function = call.function()
     tensors = call.make(dtype, device)
     leaves = [t for t in tensors.values() if t.requires_grad]
-    y = function(**tensors)
-    torch.autograd.grad(y, leaves, torch.empty_like(y))
+    ys = function(**tensors)
+    torch.autograd.grad(ys, leaves, [torch.empty_like(y) for y in ys])
     if call.order < 2:
         return
     for inner in (leaves[:1], leaves):
-        y = function(**tensors)
-        g = torch.empty_like(y).requires_grad_()
-        first = torch.autograd.grad(y, inner, g, create_graph=True)
-        torch.autograd.grad(first, [*leaves, g], [torch.empty_like(t) for t in first], allow_unused=True)
+        ys = function(**tensors)
+        gs = [torch.empty_like(y).requires_grad_() for y in ys]
+        first = torch.autograd.grad(ys, inner, gs, create_graph=True)
+        torch.autograd.grad(first, [*leaves, *gs], [torch.empty_like(t) for t in first], allow_unused=True)
 
 
 def channels(resolution: int, base: int) -> int:
@@ -129,6 +134,18 @@ def weight_gradient(n: int, c: int, r: int) -> Iterator[Call]:
     yield Call("D conv1, dw", "weight_gradient", down, options, low, order=1, flops=flops * wide / 4)
 
 
+def bias_act_to_rgb(n: int, c: int, r: int) -> Iterator[Call]:
+    sizes = {"x": (n, c, r, r), "weight": (3, c, 1, 1), "style": (n, c), "bias": (c,), "rgb_bias": (3,)}
+    sizes |= {"demod": (n, c), "noise": (n, 1, r, r), "strength": (1,)}
+    constants = ("noise",)
+    if r > 4:
+        sizes |= {"image": (n, 3, r // 2, r // 2), "f": (4,)}
+        constants += ("f",)
+    options = {"clamp": CLAMP, "rgb_clamp": CLAMP}
+    flops = 2 * 3 * c * n * r * r
+    yield Call("G layer + toRGB", "bias_act_to_rgb", sizes, options, constants=constants, flops=flops)
+
+
 def feature_match(n: int, c: int, r: int) -> Iterator[Call]:
     if not 8 <= r <= 64:
         return
@@ -148,13 +165,8 @@ def feature_match(n: int, c: int, r: int) -> Iterator[Call]:
 
 
 OPS: list[Callable[[int, int, int], Iterator[Call]]] = [
-    bias_act,
-    upfirdn2d,
-    fir_chain,
-    to_rgb,
-    weight_gradient,
-    feature_match,
-]
+    bias_act, upfirdn2d, fir_chain, to_rgb, bias_act_to_rgb, weight_gradient, feature_match,
+]  # fmt: skip
 
 
 def calls(models: dict[str, tuple[int, int]] = MODELS, batch: int = 8) -> list[Call]:

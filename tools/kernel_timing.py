@@ -26,7 +26,7 @@ MODES = ("forward", "backward", "double")
 FREE = 1e-5  # of the norm: fp32 sums of millions of terms in another order
 PRECISE = 2**27  # elements of the largest tensor up to which the truth is computed in fp64, above it in fp32
 
-Op = Callable[..., Tensor]
+Op = Callable[..., Any]  # a result or several
 Providers = Mapping[str, Callable[[Call], Op | None]]  # name → the op of a call, None where there is none
 
 
@@ -62,14 +62,14 @@ def prepare(case: Case, op: Op, tensors: dict[str, Tensor]) -> Callable[[], list
     function = case.call.function(op)
     leaves = [t for t in tensors.values() if t.requires_grad]
     if case.mode == "forward":
-        return lambda: [function(**tensors)]
-    y = function(**tensors)
-    g = _like(y, 1)
+        return lambda: list(function(**tensors))
+    ys = function(**tensors)
+    gs = [_like(y, 1) for y in ys]
     if case.mode == "backward":
-        return lambda: list(torch.autograd.grad(y, leaves, g, retain_graph=True))
-    g.requires_grad_()
-    (first,) = torch.autograd.grad(y, leaves[:1], g, create_graph=True)
-    v, sources = _like(first, 2), [*leaves, g]
+        return lambda: list(torch.autograd.grad(ys, leaves, gs, retain_graph=True))
+    gs = [g.requires_grad_() for g in gs]
+    (first,) = torch.autograd.grad(ys, leaves[:1], gs, create_graph=True)
+    v, sources = _like(first, 2), [*leaves, *gs]
 
     def twice() -> list[Tensor]:
         found = torch.autograd.grad(first, sources, v, retain_graph=True, allow_unused=True)
@@ -91,7 +91,7 @@ def bytes_of(case: Case) -> int:
     """What any implementation must move, from the shapes alone."""
     tensors = case.call.make(case.dtype)
     with torch.no_grad():
-        y = _output(case.call, tensors)
+        y = _outputs(case.call, tensors)
     inputs = sum(t.nbytes for t in tensors.values())
     leaves = sum(t.nbytes for t in tensors.values() if t.requires_grad)
     if case.mode == "forward":
@@ -101,9 +101,9 @@ def bytes_of(case: Case) -> int:
     return inputs + y + tensors["x"].nbytes + leaves + y
 
 
-def _output(call: Call, tensors: dict[str, Tensor]) -> int:
-    """Bytes of the op's output; the definition on meta tensors tells."""
-    return call.function(getattr(kernels, f"{call.op}_torch"))(**tensors).nbytes
+def _outputs(call: Call, tensors: dict[str, Tensor]) -> int:
+    """Bytes of the op's results; the definition on meta tensors tells."""
+    return sum(y.nbytes for y in call.function(getattr(kernels, f"{call.op}_torch"))(**tensors))
 
 
 def gate(case: Case, op: Op, device: str) -> str:

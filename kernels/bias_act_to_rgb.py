@@ -1,0 +1,80 @@
+"""The end of a block of the skip generator: conv1's pointwise tail and toRGB's projection of its result, in one pass.
+
+    y = bias_act(x)        rgb = to_rgb(y)
+
+Both read and write the same features: apart they are written once and read once more than together. The torch backend
+runs the two ops one after the other, and so does Triton wherever its kernel does not reach: more than 4 image channels,
+noise that wants a gradient.
+"""
+
+from torch import Tensor
+
+from hsrgan.kernels import launch
+from hsrgan.kernels.bias_act import DEFAULT_GAIN, SLOPE, bias_act, bias_act_torch, check_bias_act
+from hsrgan.kernels.to_rgb import MAX_OUTPUTS, check_to_rgb, to_rgb, to_rgb_torch, upsampled_for_kernel
+
+
+def bias_act_to_rgb_torch(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    bias: Tensor | None = None,
+    rgb_bias: Tensor | None = None,
+    *,
+    demod: Tensor | None = None,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    act: str = "lrelu",
+    alpha: float | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
+    rgb_clamp: float | None = None,
+    image: Tensor | None = None,
+    f: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `bias_act_to_rgb`."""
+    y = bias_act_torch(
+        x, bias, demod=demod, noise=noise, strength=strength, act=act, alpha=alpha, gain=gain, clamp=clamp
+    )  # fmt: skip
+    return y, to_rgb_torch(y, weight, style, rgb_bias, clamp=rgb_clamp, image=image, f=f)
+
+
+def bias_act_to_rgb(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    bias: Tensor | None = None,
+    rgb_bias: Tensor | None = None,
+    *,
+    demod: Tensor | None = None,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    act: str = "lrelu",
+    alpha: float | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
+    rgb_clamp: float | None = None,
+    image: Tensor | None = None,
+    f: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, rgb): y = bias_act(x, bias, demod, …), rgb = to_rgb(y, weight, style, rgb_bias, rgb_clamp, image, f).
+
+    x [N, C, H, W], what the convolution returned; y has its dtype and memory format, rgb [N, Cimg, H, W] is fp32 (fp64
+    for fp64 x). weight [Cimg, C, 1, 1], style [N, C], rgb_bias [Cimg], image and f as for `to_rgb`, the others as for
+    `bias_act`. Differentiable twice in every tensor but f; a third derivative raises RuntimeError in Triton.
+    ValueError names an argument that does not fit.
+    """
+    launch.check_images(x)
+    check_bias_act(x, bias, demod, noise, strength, act, alpha, clamp, None, None)
+    check_to_rgb(x, weight, style, image, f, "rgb_", bias=rgb_bias, clamp=rgb_clamp)
+    if launch.backend(x) == "triton" and 1 <= weight.shape[0] <= MAX_OUTPUTS and not launch.wants_gradient(noise):
+        from hsrgan.kernels.bias_act_to_rgb_triton import bias_act_to_rgb_triton
+
+        slope = SLOPE.get(act, 0.0) if alpha is None else alpha
+        gain = DEFAULT_GAIN[act] if gain is None else gain
+        return bias_act_to_rgb_triton(
+            x, weight, style, bias, rgb_bias, demod, noise, strength, act, slope, gain, clamp, rgb_clamp,
+            upsampled_for_kernel(image, f, x), f,
+        )  # fmt: skip
+    y = bias_act(x, bias, demod=demod, noise=noise, strength=strength, act=act, alpha=alpha, gain=gain, clamp=clamp)
+    return y, to_rgb(y, weight, style, rgb_bias, clamp=rgb_clamp, image=image, f=f)

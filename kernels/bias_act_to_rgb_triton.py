@@ -1,0 +1,337 @@
+"""bias_act and to_rgb in one Triton pass, and one pass for the gradients of both.
+
+    p = x·demod + noise·strength + bias        y = clamp(act(p)·gain, ±clamp)        v[n,o,c] = w[o,c]·style[n,c]
+    t[n,o,p] = Σ_c y·v        rgb = upsample(image) + clamp(t + rgb_bias)
+
+Forward: a program holds some pixels of one sample and goes through all blocks of their channels: it writes y block by
+block, adds up t in registers and ends with bias, clamp and image. First derivative, r the gradient of rgb where
+unclamped:
+
+    h = gy + Σ_o r·v        g = h·∂y/∂p
+    gx = g·demod    gbias = Σ g    gdemod = Σ g·x    gstrength = Σ g·noise    gv = Σ r·y    grgb_bias = Σ r
+
+h is made in registers and never written. As in bias_act y is read where it tells the side and the clamp, else x, of
+which y is made anew. Sums are taken in the same pass, one row of partial sums a program, in a fixed order.
+
+Second derivative: h is linear in gy, in r and in v, so it is composed of the second derivatives of the two ops
+(`bias_act_triton.second`; `to_rgb_triton.Project` and `Gradient`), and that of y goes on through the graph of y.
+
+Bytes per pixel with C channels of b bytes and 3 image channels, where the image is half as large, and unfused:
+
+    forward     2·C·b + 15      x → y, rgb                  3·C·b + 15
+    gradient    3·C·b + 12      gy, r, x or y → gx          6·C·b + 12   (and one more sum of two gradients of y)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+
+from hsrgan.kernels import blocks as table
+from hsrgan.kernels import launch
+from hsrgan.kernels.bias_act_kernels import load_map, load_vector, tile_at, write_sums
+from hsrgan.kernels.bias_act_triton import Chain, First, dense, flags, numbers, pointers, second, sum_over
+from hsrgan.kernels.fir4_triton import accumulator, empty, is_nhwc
+from hsrgan.kernels.pointwise_triton import (
+    SMOOTH,
+    chain_constants,
+    pointwise,
+    pointwise_gradient,
+    pointwise_gradient_from_y,
+    pre_activation,
+)
+from hsrgan.kernels.tiles import Walk, channels_fastest, tile, tiles_per_program, walk
+from hsrgan.kernels.to_rgb_triton import (
+    Gradient,
+    Project,
+    finish,
+    image_gradient,
+    incoming,
+    project_tile,
+    projection,
+    shown,
+)
+
+
+@triton.jit
+def forward(
+    X, BIAS, DEMOD, NOISE, STRENGTH, Z, V, RGB_BIAS, IMAGE, F, MASK, RGB,
+    channels, pixels, width, chunks, image_h, image_w,
+    xn, xc, xh, xw, nn, nc, nh, nw, zn, zc, zh, zw, r_n, r_c, r_w, i_n, i_c, i_h, i_w,
+    HAS_BIAS: tl.constexpr, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_STRENGTH: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
+    OUTPUTS: tl.constexpr, RGB_CLAMP: tl.constexpr, UP: tl.constexpr,
+    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_P pixels of y and rgb a program, in BLOCKS blocks of channels. chunks: programs of a sample."""
+    n = (tl.program_id(0) // chunks).to(tl.int64)
+    p = (tl.program_id(0) % chunks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    wide = p.to(tl.int64)
+    ok = p < pixels
+    shift = load_map(NOISE, n, wide, ok, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
+    if HAS_STRENGTH:
+        shift = shift * tl.load(STRENGTH).to(ACC)
+    v = V + n * channels * OUTPUTS
+    t0 = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    t1, t2, t3 = t0, t0, t0
+    for block in range(BLOCKS):
+        ch = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = ch.to(tl.int64)
+        ch_ok = ch < channels
+        both = ok[:, None] & ch_ok[None, :]
+        x = tl.load(tile_at(X, n, c, wide, xn, xc, xh, xw, width, SPLIT), mask=both, other=0.0).to(ACC)
+        bias = load_vector(BIAS, c, ch_ok, ACC, HAS_BIAS)
+        demod = load_vector(DEMOD, n * channels + c, ch_ok, ACC, HAS_DEMOD)
+        z = pointwise(pre_activation(x, demod, shift, bias, HAS_DEMOD, HAS_NOISE, HAS_BIAS), ACT, SLOPE, GAIN, CLAMP)
+        tl.store(tile_at(Z, n, c, wide, zn, zc, zh, zw, width, SPLIT), z.to(Z.dtype.element_ty), mask=both)
+        t0 += project_tile(z, v, ch, ch_ok, ACC)
+        if OUTPUTS > 1:
+            t1 += project_tile(z, v + channels, ch, ch_ok, ACC)
+        if OUTPUTS > 2:
+            t2 += project_tile(z, v + 2 * channels, ch, ch_ok, ACC)
+        if OUTPUTS > 3:
+            t3 += project_tile(z, v + 3 * channels, ch, ch_ok, ACC)
+    bits = tl.zeros([BLOCK_P], tl.int32)
+    for o in tl.static_range(OUTPUTS):
+        total = tl.sum(t0 if o == 0 else t1 if o == 1 else t2 if o == 2 else t3, 1)
+        bits = finish(total, o, n, p, ok, RGB_BIAS, IMAGE, F, RGB, width, image_h, image_w, r_n, r_c, r_w, i_n, i_c,
+                      i_h, i_w, bits, RGB_CLAMP, UP, ACC)  # fmt: skip
+    if MASK is not None:
+        tl.store(MASK + n * pixels + p, bits.to(tl.uint8), mask=ok)
+
+
+@triton.jit
+def gradient(
+    GZ, GRGB, REF, BIAS, DEMOD, NOISE, STRENGTH, V, MASK, GX, SUMS, RGB_SUMS,
+    channels, pixels, width, chunks, blocks, plane,
+    zn, zc, zh, zw, xn, xc, xh, xw, nn, nc, nh, nw, gn, gc, gh, gw, r_n, r_c, r_h, r_w,
+    FROM_Y: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr,
+    HAS_STRENGTH: tl.constexpr,
+    WANT_BIAS: tl.constexpr, WANT_DEMOD: tl.constexpr, WANT_STRENGTH: tl.constexpr, WANT_V: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr, OUTPUTS: tl.constexpr,
+    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """TILES tiles of gx a program. SUMS [sums, N·chunks, C], `plane` apart: the rows of v, then bias, demod, strength,
+    those that are wanted; RGB_SUMS [N·chunks, OUTPUTS]: rgb_bias's. REF is y (FROM_Y) or x; None: not given or wanted.
+    """
+    program = tl.program_id(0)
+    block = program % blocks
+    row = program // blocks
+    n = (row // chunks).to(tl.int64)
+    first = (row % chunks) * TILES * BLOCK_P
+    ch = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = ch.to(tl.int64)
+    ch_ok = ch < channels
+    bias = load_vector(BIAS, c, ch_ok, ACC, HAS_BIAS)
+    demod = load_vector(DEMOD, n * channels + c, ch_ok, ACC, HAS_DEMOD)
+    strength = tl.full([1], 1.0, ACC)
+    if HAS_STRENGTH:
+        strength = tl.load(STRENGTH).to(ACC)
+    zero = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    along = tl.zeros([BLOCK_P], ACC)
+    sum_bias, sum_demod, sum_strength = zero, zero, along
+    s0, s1, s2, s3 = zero, zero, zero, zero
+    b0, b1, b2, b3 = along, along, along, along
+    for k in range(TILES):
+        p = first + k * BLOCK_P + tl.arange(0, BLOCK_P)
+        wide = p.to(tl.int64)
+        ok = p < pixels
+        both = ok[:, None] & ch_ok[None, :]
+        h = zero
+        if GZ is not None:
+            h = tl.load(tile_at(GZ, n, c, wide, zn, zc, zh, zw, width, SPLIT), mask=both, other=0.0).to(ACC)
+        ref = tl.load(tile_at(REF, n, c, wide, xn, xc, xh, xw, width, SPLIT), mask=both, other=0.0).to(ACC)
+        noise = load_map(NOISE, n, wide, ok, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
+        y = ref
+        if not FROM_Y:
+            pre = pre_activation(ref, demod, noise * strength, bias, HAS_DEMOD, HAS_NOISE, HAS_BIAS)
+            y = pointwise(pre, ACT, SLOPE, GAIN, CLAMP)
+        hidden = tl.zeros([BLOCK_P], tl.int32)
+        if MASK is not None:
+            hidden = tl.load(MASK + n * pixels + p, mask=ok, other=0).to(tl.int32)
+        for o in tl.static_range(OUTPUTS):
+            r = incoming(GRGB, n, o, p, ok, hidden, width, r_n, r_c, r_h, r_w, ACC)
+            v = tl.load(V + (n * OUTPUTS + o) * channels + c, mask=ch_ok, other=0.0).to(ACC)
+            h += r[:, None] * v[None, :]
+            if o == 0:
+                s0 += r[:, None] * y
+                b0 += r
+            elif o == 1:
+                s1 += r[:, None] * y
+                b1 += r
+            elif o == 2:
+                s2 += r[:, None] * y
+                b2 += r
+            else:
+                s3 += r[:, None] * y
+                b3 += r
+        if FROM_Y:
+            g = pointwise_gradient_from_y(h, ref, SLOPE, GAIN, CLAMP)
+        else:
+            g = pointwise_gradient(h, pre, ACT, SLOPE, GAIN, CLAMP)
+        sum_bias += g
+        sum_demod += g * ref
+        sum_strength += tl.sum(g, 1) * noise
+        if GX is not None:
+            if HAS_DEMOD:
+                g = g * demod[None, :]
+            tl.store(tile_at(GX, n, c, wide, gn, gc, gh, gw, width, SPLIT), g.to(GX.dtype.element_ty), mask=both)
+    into = SUMS
+    if SUMS is not None:
+        into = SUMS + row.to(tl.int64) * channels
+    for o in tl.static_range(OUTPUTS):
+        if WANT_V:
+            s = tl.sum(s0 if o == 0 else s1 if o == 1 else s2 if o == 2 else s3, 0)
+            tl.store(into + c, s, mask=ch_ok)
+            into += plane
+        if RGB_SUMS is not None:
+            b = tl.sum(b0 if o == 0 else b1 if o == 1 else b2 if o == 2 else b3, 0)
+            tl.store(RGB_SUMS + row * OUTPUTS + o, b, mask=block == 0)
+    if WANT_BIAS or WANT_DEMOD or WANT_STRENGTH:
+        write_sums(into, plane, c, ch_ok, block * BLOCK_C, sum_bias, sum_demod, sum_strength, zero, WANT_BIAS,
+                   WANT_DEMOD, WANT_STRENGTH, False)  # fmt: skip
+
+
+def bias_act_to_rgb_triton(
+    x: Tensor, weight: Tensor, style: Tensor, bias: Tensor | None, rgb_bias: Tensor | None, demod: Tensor | None,
+    noise: Tensor | None, strength: Tensor | None, act: str, slope: float, gain: float, clamp: float | None,
+    rgb_clamp: float | None, image: Tensor | None, f: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`bias_act_to_rgb` of checked arguments. Differentiable twice; noise is a constant."""
+    constants = chain_constants(act, slope, gain, clamp, x.dtype)
+    v, rgb_bias, image, f = projection(x, weight, style, rgb_bias, image, f)
+    noise = None if noise is None else noise.detach()
+    return _Forward.apply(x, bias, demod, noise, strength, v, rgb_bias, image, f, constants, rgb_clamp)
+
+
+class _Forward(Function):
+    @staticmethod
+    def forward(ctx, x, bias, demod, noise, strength, v, rgb_bias, image, f, constants, rgb_clamp):
+        z = torch.empty_like(x)
+        (n, c, h, w), outputs = x.shape, v.shape[1]
+        rgb = empty(v, n, outputs, h, w, nhwc=is_nhwc(x))
+        mask = None
+        if rgb_clamp is not None and any(ctx.needs_input_grad):
+            mask = torch.empty(n, h, w, dtype=torch.uint8, device=x.device)
+        up = image is not None and image.shape[2:] != x.shape[2:]
+        piecewise = constants["ACT"] not in SMOOTH and constants["GAIN"] > 0
+        ctx.chain = chain = Chain(constants, piecewise and not ctx.needs_input_grad[2], x.shape, z.stride())
+        ctx.up, ctx.nhwc = up, None if image is None else is_nhwc(image)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(None if chain.from_y else x, z, bias, demod, noise, strength, v, rgb_bias, mask, f)
+
+        small = dense(bias, demod, noise, strength)
+        over = _walk(x.shape, x, noise, z)
+        sizes = table.sizes("bias_act_to_rgb.forward", x)
+        block_p, block_c = tile(c, h * w, channels_fastest(x.shape, z.stride()), sizes.pop("elements"))
+        chunks = -(-h * w // block_p)
+        image_numbers = (0,) * 6 if image is None else (*image.shape[2:], *image.stride())
+        launch.run(
+            forward, (n * chunks,), *pointers(x, *small, z), v.contiguous(), dense(rgb_bias)[0], image,
+            f.contiguous() if up else None, mask, rgb, c, h * w, w, chunks, *image_numbers[:2], *numbers(over),
+            rgb.stride(0), rgb.stride(1), rgb.stride(3), *image_numbers[2:],
+            **flags("HAS", *small), **constants, OUTPUTS=outputs, RGB_CLAMP=rgb_clamp, UP=up,
+            ACC=accumulator(x), SPLIT=over.split, BLOCK_P=block_p, BLOCK_C=block_c, BLOCKS=-(-c // block_c), **sizes,
+        )  # fmt: skip
+        return z, rgb
+
+    @staticmethod
+    def backward(ctx, gz, grgb):
+        x, z, bias, demod, noise, strength, v, rgb_bias, mask, f = ctx.saved_tensors
+        want_x, want_bias, want_demod, _, want_strength, want_v, want_rgb_bias, want_image, *_ = launch.wanted(ctx)
+        tail = [want_x, want_bias, want_demod, want_strength]
+        gx = gbias = gdemod = gstrength = gv = grgb_bias = gimage = None
+        if grgb is None and gz is not None and any(tail):
+            ref = z.detach() if ctx.chain.from_y else x
+            want = [*tail[:3], False, want_strength, False]
+            gx, gbias, gdemod, _, gstrength, _ = First.apply(
+                gz, ref, bias, demod, noise, strength, None, ctx.chain, want
+            )
+        elif grgb is not None and any((*tail, want_v, want_rgb_bias)):
+            want = [*tail, want_v, want_rgb_bias]
+            gx, gbias, gdemod, gstrength, gv, grgb_bias = _Gradient.apply(
+                gz, grgb, x, z, bias, demod, noise, strength, v, rgb_bias, mask, ctx.chain, want
+            )
+        if want_image and grgb is not None:
+            gimage = image_gradient(grgb, f, ctx.up, ctx.nhwc)
+        return gx, gbias, gdemod, None, gstrength, gv, grgb_bias, gimage, None, None, None
+
+
+class _Gradient(Function):
+    """gz, grgb, x or (chain.from_y) y, v, … → gradients of x, bias, demod, strength, v and rgb_bias.
+
+    y is an operand in any case: it stands for itself in gv, and its graph goes on where it came from.
+    """
+
+    @staticmethod
+    def forward(ctx, gz, grgb, x, z, bias, demod, noise, strength, v, rgb_bias, mask, chain, want):
+        ctx.save_for_backward(gz, grgb, x, z, bias, demod, noise, strength, v, rgb_bias, mask)
+        ctx.chain = chain
+        ctx.set_materialize_grads(False)
+        want_x, want_bias, want_demod, want_strength, want_v, want_rgb_bias = want
+        (n, c, h, w), outputs = z.shape, v.shape[1]
+        ref = z if chain.from_y else x
+        gx = chain.empty(z) if want_x else None
+        small = dense(bias, demod, noise, strength)
+        over = _walk(z.shape, gz, ref, noise, gx)
+        by_channels = channels_fastest(z.shape, chain.strides)
+        sizes = table.sizes("bias_act_to_rgb.gradient", z)
+        block_p, block_c = tile(c, h * w, by_channels, sizes.pop("elements"))
+        blocks, chunks = -(-c // block_c), -(-h * w // block_p)
+        planes = want_v * outputs + want_bias + want_demod + want_strength
+        tiles = tiles_per_program(n * chunks * blocks)
+        chunks = -(-chunks // tiles)
+        sums = torch.empty(planes, n, chunks, c, dtype=v.dtype, device=z.device) if planes else None
+        rgb_sums = torch.empty(n, chunks, outputs, dtype=v.dtype, device=z.device) if want_rgb_bias else None
+        launch.run(
+            gradient, (n * chunks * blocks,),
+            gz, grgb, *pointers(ref, *small), v.contiguous(), mask, gx, sums, rgb_sums,
+            c, h * w, w, chunks, blocks, n * chunks * c, *numbers(over), *grgb.stride(),
+            **sizes, FROM_Y=chain.from_y, **flags("HAS", *small),
+            WANT_BIAS=want_bias, WANT_DEMOD=want_demod, WANT_STRENGTH=want_strength, WANT_V=want_v,
+            **chain.constants, OUTPUTS=outputs, ACC=accumulator(z), SPLIT=over.split, BLOCK_P=block_p, BLOCK_C=block_c,
+            TILES=tiles,
+        )  # fmt: skip
+        totals = iter([] if sums is None else sum_over(sums, 2))
+        gv = torch.stack([next(totals) for _ in range(outputs)], 1) if want_v else None
+        gbias = sum_over(next(totals), 0).to(bias.dtype) if want_bias else None
+        gdemod = next(totals).to(demod.dtype) if want_demod else None
+        gstrength = next(totals).sum().to(strength.dtype).reshape(strength.shape) if want_strength else None
+        return gx, gbias, gdemod, gstrength, gv, None if rgb_sums is None else rgb_sums.sum((0, 1))
+
+    @staticmethod
+    def backward(ctx, hx, hbias, hdemod, hstrength, hv, hrgb_bias):
+        gz, grgb, x, z, bias, demod, noise, strength, v, rgb_bias, mask = ctx.saved_tensors
+        want_gz, want_grgb, want_x, want_z, want_bias, want_demod, _, want_strength, want_v, *_ = launch.wanted(ctx)
+        cotangents = (hx, hbias, hdemod, None, hstrength, None)
+        h = hh = gx = gbias = gdemod = gstrength = None
+        if any(t is not None for t in cotangents):
+            h = Gradient.apply(grgb, z, v, mask, True, False, False)[0]
+            h = h if gz is None else gz + h
+            ref = z.detach() if ctx.chain.from_y else x
+            want = [want_gz or want_grgb or want_v, want_x, want_bias, want_demod, False, want_strength, False]
+            operands = (h, ref, bias, demod, noise, strength, None)
+            hh, gx, gbias, gdemod, _, gstrength, _ = second(operands, cotangents, ctx.chain, want)
+        ggrgb = gv = gz2 = None
+        if want_grgb:
+            parts = [] if hh is None else [Project.apply(hh, v, mask)]
+            parts += [] if hv is None else [Project.apply(z, hv, mask)]
+            parts += [] if hrgb_bias is None else [shown(hrgb_bias, grgb, mask)]
+            ggrgb = sum(parts[1:], parts[0]) if parts else None
+        if want_v and hh is not None:
+            gv = Gradient.apply(grgb, hh, v, mask, False, True, False)[1]
+        if want_z and hv is not None:
+            gz2 = Gradient.apply(grgb, z, hv, mask, True, False, False)[0]
+        # zero, not missing, where rgb_bias moves the clamp: an optimiser tells them apart (to_rgb does the same)
+        moves = rgb_bias is not None and mask is not None and ctx.needs_input_grad[9]
+        none = [None] * 3
+        return (
+            hh if want_gz else None, ggrgb, gx, gz2, gbias, gdemod, None, gstrength, gv,
+            torch.zeros_like(rgb_bias) if moves else None, *none,
+        )  # fmt: skip
+
+
+def _walk(shape: torch.Size, *large: Tensor | None) -> Walk:
+    """large: in the kernel's order; noise is expanded, None has strides of 0."""
+    return walk(shape, [None if t is None else t.expand(shape) for t in large], per_sample=True)

@@ -1,0 +1,106 @@
+"""Tile sizes, warps and stages of the Triton kernels: one static table, blocks.json, the first row that fits.
+
+A row says for which kernel, class of shapes, bytes of a value and chip it stands (patterns: "sm_8*", "*"), the sizes,
+and where they come from: "rule" (what this page says), "ahead-of-time builds" (the most that neither spills nor asks
+for more shared memory than the chip has), or a measurement with its device and date, which tools/tune_kernels.py puts
+before the rules. Nothing is tuned at run time: all ranks read the same file.
+
+    bias_act, to_rgb, bias_act_to_rgb     elements: values in a tile; num_warps. 8 to 16 values a thread, of every
+        operand and of every running sum: launches that keep several sums (bias_act.sums, the gradients of toRGB)
+        have the smaller tile. On sm_90 that is 24 to 54 registers without sums, up to 96 with bias_act's four, 157 with
+        those of toRGB.
+    fir4, upfirdn2d     values a thread holds of a row; unroll: rows in flight; rows a program makes, at most;
+        num_warps at most. 16 bytes a thread where one tensor is read and nothing is done at the taps (blur, resample):
+        80 registers in fp32, 120 in half precision. chain: an activation at the taps; source: a second tensor, whose
+        rows are not unrolled, as that spills 8 bytes on sm_100: 90 to 130 registers. Left alone ptxas spills the
+        resampling in half precision, hence its `registers`.
+    feature_match     pixels of a tile, BN, BC, BK at most; columns: of a tile, members: (image, bin column) pairs, the
+        width of the product that pools; an ieee product takes ordinary multipliers and whole rows in registers, hence
+        so narrow. The weights of a pool program stay on the chip where shared memory holds them beside two tiles of x:
+        streaming both asks twice as much of the L2. What fits gfx942's 64 kB fits everywhere. dw, narrow or ragged:
+        short vectors cost addresses, hence registers.
+
+registers: what a thread may take on NVIDIA. fp64 (tests, no training) takes the row of fp32 with half the values.
+"""
+
+import functools
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hsrgan.kernels import launch
+
+PATH = Path(__file__).with_name("blocks.json")
+LARGE = 128 * 128  # pixels of an image from which on bytes, not launches, are the cost
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str
+    shape: str
+    bytes: tuple[int, ...]
+    chip: str
+    sizes: tuple[tuple[str, int], ...]
+    source: str
+
+    def fits(self, kernel: str, shape: str, size: int, chip: str) -> bool:
+        return (
+            self.kernel == kernel and size in self.bytes and fnmatchcase(shape, self.shape)
+            and fnmatchcase(chip, self.chip)
+        )  # fmt: skip
+
+
+def read(path: Path = PATH) -> tuple[Row, ...]:
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return tuple(Row(**r | {"bytes": tuple(r["bytes"]), "sizes": tuple(r["sizes"].items())}) for r in rows)
+
+
+def text(rows: Iterable[Row]) -> str:
+    """What `read` reads: a row a line."""
+    lines = [json.dumps(row.__dict__ | {"sizes": dict(row.sizes)}, ensure_ascii=False) for row in rows]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+_rows = read()
+_asked: list[tuple[str, str, int, str]] | None = None
+
+
+@contextmanager
+def using(rows: Iterable[Row]) -> Iterator[list[tuple[str, str, int, str]]]:
+    """Inside the block these rows come first. The list fills with what is looked up: kernel, shape, bytes, chip."""
+    global _rows, _asked
+    before = _rows, _asked
+    _rows, _asked = (*rows, *_rows), []
+    row_for.cache_clear()
+    try:
+        yield _asked
+    finally:
+        _rows, _asked = before
+        row_for.cache_clear()
+
+
+@functools.cache
+def row_for(kernel: str, shape: str, size: int, chip: str) -> Row:
+    """The first row that fits. LookupError if none does: the table must end in rules that fit every chip."""
+    for row in _rows:
+        if row.fits(kernel, shape, size, chip):
+            return row
+    raise LookupError(f"{PATH.name} has no row for {kernel} of shape {shape!r}, {size} bytes, on {chip or 'any chip'}")
+
+
+def sizes(kernel: str, x: Tensor, shape: str = "") -> dict[str, Any]:
+    """The sizes of a kernel for activations like x [N, C, …]; shape: "large" or "small" by its pixels unless given."""
+    shape = shape or ("large" if x.shape[2:].numel() >= LARGE else "small")
+    key = (kernel, shape, min(4, x.element_size()), launch.chip(x))
+    if _asked is not None:
+        _asked.append(key)
+    found = dict(row_for(*key).sizes)
+    if x.element_size() == 8:
+        found |= {name: max(1, found[name] // 2) for name in ("elements", "values") if name in found}
+    return found
