@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsrgan.kernels import bias_act, bias_act_fir, blur_padding, conv2d, modulated_conv2d, to_rgb
+from hsrgan.kernels import bias_act_fir, blur_padding, conv2d, conv2d_bias_act, modulated_conv2d, to_rgb
 
 # [1, 3, 3, 1] / 8: the resampling filter of every published StyleGAN2. Its outer square is what state dicts hold.
 TAPS = (0.125, 0.375, 0.375, 0.125)
@@ -101,14 +101,17 @@ class Conv(nn.Module):
         blurs: the result is blurred for a 3×3 layer with down=2 that follows and is told that its x is `blurred`.
         """
         f = self.taps if self.up > 1 or self.down > 1 else None
-        x = conv2d(x, self.weight * self.weight_gain, up=self.up, down=self.down, f=f, blurred=blurred)
+        weight = self.weight * self.weight_gain
+        resampling = {"up": self.up, "down": self.down, "f": f, "blurred": blurred}
         if self.bias is None:
-            return x
+            return conv2d(x, weight, **resampling)
         bias = self.bias * self.act_gain
         if blurs:
-            padding = blur_padding(self.taps)
+            x, padding = conv2d(x, weight, **resampling), blur_padding(self.taps)
             return bias_act_fir(x, self.taps, bias, act="lrelu", act_gain=1, clamp=self.clamp, padding=padding)
-        return bias_act(x, bias, act="lrelu", gain=1, clamp=self.clamp, residual=residual)
+        return conv2d_bias_act(
+            x, weight, bias, act="lrelu", gain=1, clamp=self.clamp, residual=residual, **resampling
+        )  # fmt: skip
 
 
 class SynthesisLayer(nn.Module):

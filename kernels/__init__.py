@@ -6,6 +6,8 @@ times (feature_match once), so that R1 and path length need nothing special. Imp
 
 from hsrgan.kernels.bias_act import bias_act, bias_act_torch
 from hsrgan.kernels.conv2d import blur_padding, conv2d, conv2d_torch
+from hsrgan.kernels.conv2d_bias_act import conv2d_bias_act, conv2d_bias_act_torch
+from hsrgan.kernels.conv_table import use_convolution
 from hsrgan.kernels.feature_match import feature_match, feature_match_torch
 from hsrgan.kernels.fir_chain import bias_act_fir, bias_act_fir_torch, fir_bias_act, fir_bias_act_torch
 from hsrgan.kernels.launch import backend, use_backend
@@ -28,6 +30,8 @@ __all__ = [
     "bias_act_torch",
     "blur_padding",
     "conv2d",
+    "conv2d_bias_act",
+    "conv2d_bias_act_torch",
     "conv2d_torch",
     "downsample2d",
     "downsample2d_torch",
@@ -44,4 +48,5 @@ __all__ = [
     "upsample2d",
     "upsample2d_torch",
     "use_backend",
+    "use_convolution",
 ]

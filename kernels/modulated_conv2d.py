@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.bias_act import bias_act, bias_act_torch
-from hsrgan.kernels.conv2d import check_conv2d, conv2d, conv2d_torch, transposed_conv2d, transposed_padding
-from hsrgan.kernels.fir_chain import fir_bias_act
+from hsrgan.kernels.bias_act import bias_act_torch
+from hsrgan.kernels.conv2d import check_conv2d, conv2d_torch
+from hsrgan.kernels.conv2d_bias_act import layer
 
 EPS = 1e-8
 
@@ -73,18 +73,13 @@ def modulated_conv2d(
     x [N, Cin, H, W]; weight [Cout, Cin, k, k]; style [N, Cin]; noise [N or 1, 1, up·H, up·W]; strength one value; bias
     [Cout]. Weight and style stay in their own dtype (fp32) for the demodulation and are cast where they meet x. fp16 x
     with demodulation: weight and style are first normalised by their maxima, which demodulation undoes.
-    Differentiable any number of times in every tensor but f.
+    Differentiable in every tensor but f, twice in Triton, any number of times in PyTorch.
     """
     check_conv2d(x, weight, up, 1, f)
     launch.check_shape(style, "style", *x.shape[:2])
     if demodulate and x.dtype == torch.float16:
         weight, style = normalize_for_half(weight, style)
     demod = demodulation(weight, style) if demodulate else None
-    x = x * style.to(x.dtype)[:, :, None, None]
-    if up == 2 and weight.shape[-1] == 3:
-        return fir_bias_act(
-            transposed_conv2d(x, weight), f, bias, padding=transposed_padding(f), gain=4, demod=demod, noise=noise,
-            strength=strength, act=act, act_gain=gain, clamp=clamp,
-        )  # fmt: skip
-    x = conv2d(x, weight, up=up, f=f)
-    return bias_act(x, bias, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp)
+    return layer(
+        x, weight, style, bias, up=up, f=f, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp
+    )
