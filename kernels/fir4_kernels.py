@@ -24,7 +24,7 @@ come from the L1 cache: 5 loads for a pair of outputs (blur), 3 for 2 × 2 outpu
 import triton
 import triton.language as tl
 
-from hsrgan.kernels.pointwise_triton import pointwise, pointwise_gradient, pointwise_gradient_from_y
+from hsrgan.kernels.pointwise_triton import limit_like, pointwise, pointwise_gradient, pointwise_gradient_from_y
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _slope(v, s, bias, OF_Y: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexp
 def _unclamped(v, y, CLAMP: tl.constexpr):
     """v where the chain that returned y did not clamp, else 0."""
     if CLAMP is not None:
-        v = tl.where(tl.abs(y) < CLAMP, v, 0.0)
+        v = tl.where(tl.abs(y) < limit_like(y, CLAMP), v, 0.0)
     return v
 
 

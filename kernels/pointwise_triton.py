@@ -42,6 +42,12 @@ def tanh(p):
 
 
 @triton.jit
+def limit_like(y, CLAMP: tl.constexpr):
+    """CLAMP in the type of y: a comparison with the bare constant is one with it in fp32, also where y is fp64."""
+    return tl.zeros_like(y) + CLAMP
+
+
+@triton.jit
 def _scaled(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr):
     """act(p)·gain."""
     if ACT == "swish":
@@ -64,7 +70,8 @@ def pointwise(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLA
     """y from the pre-activation p. NaN stays NaN."""
     y = _scaled(p, ACT, SLOPE, GAIN)
     if CLAMP is not None:
-        y = tl.where(y > CLAMP, CLAMP, tl.where(y < -CLAMP, -CLAMP, y))
+        limit = limit_like(y, CLAMP)
+        y = tl.where(y > limit, limit, tl.where(y < -limit, -limit, y))
     return y
 
 
@@ -83,7 +90,7 @@ def pointwise_gradient(v, p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.co
     else:
         g = _sides(v, p, SLOPE, GAIN)
     if CLAMP is not None:
-        g = tl.where(tl.abs(_scaled(p, ACT, SLOPE, GAIN)) < CLAMP, g, 0.0)
+        g = tl.where(tl.abs(_scaled(p, ACT, SLOPE, GAIN)) < limit_like(p, CLAMP), g, 0.0)
     return g
 
 
@@ -92,7 +99,7 @@ def pointwise_gradient_from_y(v, y, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLA
     """v·∂y/∂p from y, for ACT "lrelu" with GAIN > 0: the sign and size of y tell the side and the clamp."""
     g = _sides(v, y, SLOPE, GAIN)
     if CLAMP is not None:
-        g = tl.where(tl.abs(y) < CLAMP, g, 0.0)
+        g = tl.where(tl.abs(y) < limit_like(y, CLAMP), g, 0.0)
     return g
 
 
@@ -145,7 +152,7 @@ def pointwise_curvature(v, p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.c
     else:
         g = v * 0.0
     if CLAMP is not None:
-        g = tl.where(tl.abs(_scaled(p, ACT, SLOPE, GAIN)) < CLAMP, g, 0.0)
+        g = tl.where(tl.abs(_scaled(p, ACT, SLOPE, GAIN)) < limit_like(p, CLAMP), g, 0.0)
     return g
 
 
