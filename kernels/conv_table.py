@@ -99,7 +99,7 @@ def default_tile(shape: Shape, dtype: torch.dtype, chip: str) -> Tile:
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """"half", "tf32", "ieee" (fp32 without tensor cores) or "fp64"."""
+    """ "half", "tf32", "ieee" (fp32 without tensor cores) or "fp64"."""
     if dtype.itemsize == 4:
         return "tf32" if launch.tf32_allowed() else "ieee"
     return "half" if dtype.itemsize == 2 else "fp64"

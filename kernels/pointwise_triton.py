@@ -121,7 +121,7 @@ def input_from_y(
     if HAS_BIAS:
         x = x - bias[None, :]
     if HAS_DEMOD:
-        x = x / demod[None, :]
+        x = x / tl.where(demod == 0, 1.0, demod)[None, :]  # 0 beyond the last channel
     return x
 
 

@@ -13,9 +13,18 @@ WIDTHS = {"channel_base": 32, "channel_max": 4, "mapping_layers": 1}
 
 @pytest.fixture(scope="module")
 def networks():
+    return build(16)
+
+
+@pytest.fixture(scope="module")
+def small_networks():
+    return build(8)
+
+
+def build(size):
     torch.manual_seed(0)
-    g = Generator(6, 0, 6, 16, 3, **WIDTHS, conv_clamp=0.8).double()
-    d = Discriminator(0, 16, 3, **WIDTHS, mbstd_group_size=2, conv_clamp=2.0).double()
+    g = Generator(6, 0, 6, size, 3, **WIDTHS, conv_clamp=0.8).double()
+    d = Discriminator(0, size, 3, **WIDTHS, mbstd_group_size=2, conv_clamp=2.0).double()
     heads = HSRHeads({8: g.synthesis.channels[8]}, {8: 5}, hidden=6).double()
     with torch.no_grad():
         for p in [*g.parameters(), *d.parameters()]:
@@ -46,10 +55,20 @@ def r1(g, d, heads, z, noise, reals):
 
 @pytest.mark.parametrize("phase", [g_main, path_length, d_main, r1], ids=lambda phase: phase.__name__)
 def test_every_phase_has_the_gradients_of_pytorch(networks, phase):
+    equal_on_both_backends(networks, phase, 16)
+
+
+@pytest.mark.parametrize("phase", [g_main, path_length, r1], ids=lambda phase: phase.__name__)
+def test_every_phase_has_the_gradients_of_pytorch_with_the_gemm(small_networks, phase):
+    with kernels.use_convolution("gemm"):
+        equal_on_both_backends(small_networks, phase, 8)
+
+
+def equal_on_both_backends(networks, phase, size):
     g, d, heads = networks
     torch.manual_seed(1)
     z, noise = torch.randn(2, 6).double(), torch.randn(2, g.synthesis.noise_size).double()
-    reals = torch.randn(2, 3, 16, 16).double()
+    reals = torch.randn(2, 3, size, size).double()
     found = []
     for backend in ("torch", "triton"):
         with kernels.use_backend(backend):
