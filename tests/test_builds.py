@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsrgan.kernels import builds, launch
+from hsrgan.kernels import builds, conv_table, launch
 from hsrgan.kernels.builds import Build
 from hsrgan.tools import kernel_shapes
 
@@ -34,6 +34,19 @@ def test_every_kernel_is_fit_to_ship(tmp_path):
     code, rows, _ = run(tmp_path, "tools/kernel_builds.py", *few)
     bad = [f"{row['kernel']} {row['target']} {row['first']}: {row['problems']}" for row in rows if row["problems"]]
     assert bad == [] and code == 0
+
+
+@pytest.mark.timeout(600)
+def test_every_tile_of_the_convolutions_table(tmp_path):
+    """Fit to ship on its own architecture, and its products run on the matrix units: on sm_90 as wgmma (HGMMA)."""
+    code, rows, _ = run(tmp_path, "tests/conv_builds.py")
+    assert [f"{row['target']} {row['tile']}: {row['problems']}" for row in rows if row["problems"]] == [] and code == 0
+    expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+    for row in rows:
+        assert row["matrix"] == expected[row["target"]] or row["kind"] == "ieee", row
+    assert {(row["kind"], tuple(row["tile"])) for row in rows} == {
+        (kind, tile) for (kind, _), tiles in conv_table.TILES.items() for tile in tiles if kind != "fp64"
+    }
 
 
 def test_a_sound_op(tmp_path):

@@ -48,7 +48,7 @@ def test_the_switch_goes_before_everything(monkeypatch):
     with use_convolution("library"):
         assert choose(shape(32, 32, 1024), torch.float16, "sm_90") is None
         with use_convolution("gemm"):
-            assert choose(shape(513, 512, 4), torch.float32, "").outputs == 64
+            assert choose(shape(513, 512, 4), torch.float32, "").outputs == 32
     with pytest.raises(ValueError, match="unknown convolution 'cudnn'"), use_convolution("cudnn"):
         pass
     monkeypatch.setattr(conv_table, "_forced", "cudnn")

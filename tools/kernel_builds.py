@@ -57,8 +57,8 @@ def build(calls: list[Call], dtypes: list[str], targets: list[str], jobs: int = 
 def print_rows(rows: list[dict], console: Console) -> None:
     """One line a kernel, warps, stages and target, with the worst of its variants; then what must not be."""
     table = Table(title="Kernels, compiled ahead of time: the worst of each kernel's variants")
-    for heading in ("kernel", "target", "warps", "variants", "registers", "shared", "spills", "occupancy"):
-        table.add_column(heading, justify="left" if heading in ("kernel", "target") else "right")
+    for heading in ("kernel", "target", "warps", "variants", "registers", "shared", "spills", "matrix", "occupancy"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "target", "matrix") else "right")
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["num_warps"], row["target"]), []).append(row)
@@ -67,7 +67,8 @@ def print_rows(rows: list[dict], console: Console) -> None:
         gpu = next(gpu for gpu in GPUS.values() if gpu.target == target)
         fields = Build.__dataclass_fields__
         least = min(builds.occupancy(Build(**{k: row[k] for k in fields}), gpu).share for row in group)
-        figures = (f"{len(group)}", f"{worst['registers']}", f"{worst['shared']:,}", f"{worst['spills']}")
+        matrix = " ".join(sorted({row["matrix"] for row in group}))
+        figures = (f"{len(group)}", f"{worst['registers']}", f"{worst['shared']:,}", f"{worst['spills']}", matrix)
         table.add_row(kernel, target, f"{warps}", *figures, f"{least:.0%} of {gpu.name}")
     console.print(table)
     for row in rows:
