@@ -1,4 +1,4 @@
-"""Builds of every tile of kernels/conv_table.py for its own architecture: conv_builds.py [--json ROWS].
+"""Builds of every tile of kernels/conv_table.py for its own architecture, and of layers: conv_builds.py [--json ROWS].
 
 Run by test_builds.py in a process of its own, where @triton.jit compiles.
 """
@@ -14,6 +14,7 @@ from hsrgan.kernels import builds, launch
 from hsrgan.kernels.conv_gemm_triton import Tail, launch_gemm
 from hsrgan.kernels.conv_table import TILES
 from hsrgan.kernels.pointwise_triton import chain_constants
+from hsrgan.tools import kernel_shapes
 
 DTYPES = {"half": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 
@@ -41,8 +42,24 @@ def record(kind, tile, chip, every_form):
     return launches
 
 
+def layers(chip):
+    """What the layers that the rule gives to the GEMM launch at 1024², penalties included, and no other op builds."""
+    launches = []
+    for call in kernel_shapes.convolution(8, 32, 1024):
+        with launch.record(chip) as some:
+            kernel_shapes.passes(call, torch.float16)
+        launches += some
+    return [one for one in launches if one.kernel.__name__ == "conv_gemm" or _takes_x_from_y(one.constants)]
+
+
+def _takes_x_from_y(constants):
+    return constants.get("FROM_Y") and (constants.get("WANT_DEMOD") or constants.get("GIVEN_DEMOD"))
+
+
 if __name__ == "__main__":
     rows = []
+    for built in builds.build_all(layers("sm_100"), ["sm_100"]):  # the one that spills first
+        rows.append({"kind": "layer", "tile": [], **asdict(built), "problems": built.problems()})
     for (kind, architecture), tiles in TILES.items():
         for chip in [architecture] if architecture else builds.TARGETS if kind in DTYPES else []:
             for i, tile in enumerate(tiles):

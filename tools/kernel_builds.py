@@ -82,7 +82,7 @@ def main(
     target: Annotated[list[str], typer.Option(help="An architecture; may be repeated.")] = list(TARGETS),  # noqa: B006
     dtype: Annotated[list[str], typer.Option(help="Of the activations; may be repeated.")] = list(DTYPES),  # noqa: B006
     model: Annotated[list[str], typer.Option(help="Whose layers; may be repeated.")] = list(kernel_shapes.MODELS),  # noqa: B006
-    op: Annotated[str, typer.Option(help="Only calls of this op.")] = "",
+    op: Annotated[list[str], typer.Option(help="Only calls of this op; may be repeated.")] = [],  # noqa: B006
     resolution: Annotated[list[int], typer.Option(help="Only layers of this resolution; may be repeated.")] = [],  # noqa: B006
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where every build goes as a row.")] = None,
@@ -108,7 +108,7 @@ def main(
         calls = [
             call
             for call in kernel_shapes.calls(models)
-            if op in ("", call.op) and call.resolution in (resolution or [call.resolution])
+            if call.op in (op or [call.op]) and call.resolution in (resolution or [call.resolution])
         ]
         rows = build(calls, dtype, target, jobs)
         if json_file is not None:
