@@ -103,7 +103,7 @@ def after(x: Tensor, weight: Tensor, up: int, f: Tensor | None) -> Tensor:
 
 def convolution(x: Tensor, weight: Tensor, geometry: Geometry, style: Tensor | None = None) -> Tensor:
     """weight [Cout, Cin, k, k] ⋆ (x·style), style [N, Cin]: what is left of `conv2d` without the FIR."""
-    tile = tile_of(x, len(weight), geometry)
+    tile = tile_of(x, len(weight), geometry, fused=style is not None)
     if tile is None and style is not None:
         # not inside the library's op: both of its gradients then come out of one pass over memory
         x, style = bias_act(x, demod=style, act="linear"), None

@@ -87,7 +87,7 @@ def layer(
     gain = DEFAULT_GAIN.get(act, 1.0) if gain is None else gain
     tail = {"demod": demod, "noise": noise, "strength": strength}
     fused = up == 1 and residual is None and act in SLOPE and gain > 0
-    if fused and tile_of(x, len(weight), geometry) is not None:
+    if fused and tile_of(x, len(weight), geometry, fused=True) is not None:
         return _fused(x, weight, style, bias, geometry, act, gain, clamp, **tail)
     x = convolution(x, weight, geometry, style)
     if up == 2 and weight.shape[-1] == 3 and residual is None:

@@ -2,9 +2,13 @@
 
 No device has been measured yet: MEASURED is empty, and a rule decides, from the arithmetic alone.
 
-    gemm      at most 64 channels in and out, resolution ≥ 512, half precision, a chip whose tiles are in TILES: there
-              a layer is bound by memory, and the GEMM's epilogue spares a pass over the activations
+    gemm      at most 64 channels in and out, resolution ≥ 512, half precision, a chip whose tiles are in TILES, and
+              something to fuse: there a layer is bound by memory, and prologue and epilogue spare passes over it
     library   everything else: cuDNN and MIOpen reach more of the matrix units than Triton does
+
+By the floors of all that is launched (H200's data sheet; `python tools/bench_kernels.py` without a GPU prints them),
+forward at 1024² and batch 8, GEMM against library: G's conv1 231 and 678 µs, conv0 399 and 511, fromRGB 122 and 346;
+D's conv0, conv1 and skip, with nothing to fuse, the same.
 
 A measurement is one line of MEASURED, for a shape and an architecture, and goes before the rule.
 """
@@ -39,11 +43,12 @@ class Shape(NamedTuple):
     inputs: int  # channels
     outputs: int
     resolution: int  # the largest power of two in the height of the larger side
+    fused: bool  # a style, a pointwise tail or a style's gradient beside it
 
     @classmethod
-    def of(cls, k: int, stride: int, transposed: bool, inputs: int, outputs: int, height: int) -> "Shape":
+    def of(cls, k: int, stride: int, transposed: bool, inputs: int, outputs: int, height: int, fused: bool) -> "Shape":
         form = f"{k}x{k}" + ("" if stride == 1 else " up" if transposed else " down")
-        return cls(form, inputs, outputs, 1 << max(0, height.bit_length() - 1))
+        return cls(form, inputs, outputs, 1 << max(0, height.bit_length() - 1), fused)
 
 
 # (shape, dtype, architecture) → a tile, or None for the library: what was measured to be the faster
@@ -86,7 +91,7 @@ def choose(shape: Shape, dtype: torch.dtype, chip: str) -> Tile | None:
         if (shape, dtype, chip) in MEASURED:
             return MEASURED[shape, dtype, chip]
         few = max(shape.inputs, shape.outputs) <= CHANNELS and shape.resolution >= RESOLUTION
-        if not (few and dtype.itemsize == 2 and ("half", _architecture(chip)) in TILES):
+        if not (few and shape.fused and dtype.itemsize == 2 and ("half", _architecture(chip)) in TILES):
             return None
     return default_tile(shape, dtype, chip)
 

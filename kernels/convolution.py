@@ -61,13 +61,13 @@ def layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_nhwc else torch.contiguous_format
 
 
-def tile_of(x: Tensor, outputs: int, geometry: Geometry) -> Tile | None:
-    """The GEMM's tile for a convolution of x, or None: the library."""
+def tile_of(x: Tensor, outputs: int, geometry: Geometry, *, fused: bool) -> Tile | None:
+    """The GEMM's tile for a convolution of x, or None: the library. fused: with a style, its gradient, or a tail."""
     if launch.backend(x) != "triton":
         return None
     k, stride, _, transposed, _ = geometry
     height = max(x.shape[2], geometry.size(x)[0])
-    return choose(Shape.of(k, stride, transposed, x.shape[1], outputs, height), x.dtype, launch.chip(x))
+    return choose(Shape.of(k, stride, transposed, x.shape[1], outputs, height, fused), x.dtype, launch.chip(x))
 
 
 class Convolution(Function):
@@ -86,10 +86,8 @@ class Convolution(Function):
             return convolve(x, w, geometry, scale)
         from hsrgan.kernels.conv_gemm_triton import launch_gemm
 
-        outputs = w.shape[1 if geometry.transposed else 0]
-        y, _ = launch_gemm(
-            x, w, geometry.size(x), tile_of(x, outputs, geometry), **_kernel(geometry), scale=scale, tail=tail
-        )
+        tile = tile_of(x, w.shape[1 if geometry.transposed else 0], geometry, fused=True)
+        y, _ = launch_gemm(x, w, geometry.size(x), tile, **_kernel(geometry), scale=scale, tail=tail)
         ctx.mark_non_differentiable(y)
         return y.new_zeros(()).expand(y.shape), y
 
@@ -119,7 +117,7 @@ class InputGradient(Function):
         ctx.save_for_backward(g, x, weight, scale, w)
         ctx.geometry = geometry
         adjoint = geometry.adjoint(x)
-        tile = tile_of(g, x.shape[1], adjoint)
+        tile = tile_of(g, x.shape[1], adjoint, fused=True)
         if tile is None:
             u = convolve(g, w, adjoint)
             gscale = (u * x).sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -177,7 +175,7 @@ class WeightGradient(Function):
 
 def convolve(x: Tensor, w: Tensor, geometry: Geometry, scale: Tensor | None = None) -> Tensor:
     """w ⋆ (x·scale) by the implementation that the table names. No graph."""
-    tile = tile_of(x, w.shape[1 if geometry.transposed else 0], geometry)
+    tile = tile_of(x, w.shape[1 if geometry.transposed else 0], geometry, fused=scale is not None)
     if tile is not None:
         from hsrgan.kernels.conv_gemm_triton import launch_gemm
 

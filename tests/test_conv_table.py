@@ -14,17 +14,18 @@ pytest.importorskip("triton")
 TAPS = torch.empty(4, device="meta")
 
 
-def shape(inputs, outputs, resolution, form="3x3"):
-    return Shape(form, inputs, outputs, resolution)
+def shape(inputs, outputs, resolution, form="3x3", fused=True):
+    return Shape(form, inputs, outputs, resolution, fused)
 
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_the_rule(chip):
-    """Few channels at a high resolution in half precision: the GEMM, where a tile has been built; else the library."""
+    """Few channels at a high resolution in half precision, with something to fuse: the GEMM, where a tile has been
+    built; else the library."""
     assert choose(shape(64, 64, 512), torch.float16, chip).outputs == 64
     assert choose(shape(32, 32, 1024), torch.bfloat16, chip).outputs == 32
     assert choose(shape(3, 32, 1024, "1x1"), torch.float16, chip) is not None
-    for other in (shape(64, 128, 512), shape(128, 64, 512), shape(64, 64, 256)):
+    for other in (shape(64, 128, 512), shape(128, 64, 512), shape(64, 64, 256), shape(32, 32, 1024, fused=False)):
         assert choose(other, torch.float16, chip) is None
     assert choose(shape(32, 32, 1024), torch.float32, chip) is None
     assert choose(shape(32, 32, 1024), torch.float16, "sm_75") is None
@@ -57,9 +58,9 @@ def test_the_switch_goes_before_everything(monkeypatch):
 
 
 def test_shapes_are_told_apart_by_what_is_read_and_written():
-    assert Shape.of(3, 2, True, 64, 32, 1025) == Shape("3x3 up", 64, 32, 1024)
-    assert Shape.of(3, 2, False, 32, 64, 1025) == Shape("3x3 down", 32, 64, 1024)
-    assert Shape.of(1, 1, False, 3, 32, 513) == Shape("1x1", 3, 32, 512)
+    assert Shape.of(3, 2, True, 64, 32, 1025, True) == Shape("3x3 up", 64, 32, 1024, True)
+    assert Shape.of(3, 2, False, 32, 64, 1025, False) == Shape("3x3 down", 32, 64, 1024, False)
+    assert Shape.of(1, 1, False, 3, 32, 513, True) == Shape("1x1", 3, 32, 512, True)
 
 
 class Seen(TorchDispatchMode):
@@ -125,6 +126,19 @@ def test_launches_of_a_layer(op, expected):
         else:
             kernels.conv2d_bias_act(x, weight, bias, residual=x.detach() if op.endswith("residual") else None)
     assert Counter(run.kernel.__name__ for run in launches) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "fused", "plain"), [((2, 32, 1024, 1024), 1, 0), ((2, 32, 256, 256), 0, 0), ((2, 128, 512, 512), 0, 0)]
+)
+def test_a_layer_takes_what_the_rule_says(size, fused, plain):
+    """conv1 of G at FFHQ-1024, and D's conv0 beside it, which has nothing to fuse."""
+    x, weight, style, bias = meta(*size), meta(size[1], size[1], 3, 3), meta(*size[:2]), meta(size[1])
+    for op, count in ((lambda: kernels.modulated_conv2d(x, weight, style, bias=bias), fused),
+                      (lambda: kernels.conv2d(x, weight), plain)):  # fmt: skip
+        with launch.record("sm_90") as launches:
+            op()
+        assert sum(run.kernel.__name__ == "conv_gemm" for run in launches) == count
 
 
 def test_gradients_of_a_fused_layer_take_one_pass_over_the_activations_each():
