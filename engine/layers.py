@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsrgan.kernels import (
-    bias_act,
     bias_act_fir,
     bias_act_to_rgb,
     blur_padding,
     conv2d,
+    conv2d_bias_act,
+    finishes,
     modulated_conv2d,
     modulated_convolution,
     to_rgb,
@@ -112,14 +113,17 @@ class Conv(nn.Module):
         blurs: the result is blurred for a 3×3 layer with down=2 that follows and is told that its x is `blurred`.
         """
         f = self.taps if self.up > 1 or self.down > 1 else None
-        x = conv2d(x, self.weight * self.weight_gain, up=self.up, down=self.down, f=f, blurred=blurred)
+        weight = self.weight * self.weight_gain
+        resampling = {"up": self.up, "down": self.down, "f": f, "blurred": blurred}
         if self.bias is None:
-            return x
+            return conv2d(x, weight, **resampling)
         bias = self.bias * self.act_gain
         if blurs:
-            padding = blur_padding(self.taps)
+            x, padding = conv2d(x, weight, **resampling), blur_padding(self.taps)
             return bias_act_fir(x, self.taps, bias, act="lrelu", act_gain=1, clamp=self.clamp, padding=padding)
-        return bias_act(x, bias, act="lrelu", gain=1, clamp=self.clamp, residual=residual)
+        return conv2d_bias_act(
+            x, weight, bias, act="lrelu", gain=1, clamp=self.clamp, residual=residual, **resampling
+        )  # fmt: skip
 
 
 class SynthesisLayer(nn.Module):
@@ -167,10 +171,11 @@ class SynthesisLayer(nn.Module):
             "clamp": self.clamp,
         }  # fmt: skip
         style = self.affine(w)
-        if torgb is not None:
+        if torgb is not None and not finishes(x, self.weight):
             x, tail["demod"] = modulated_convolution(x, self.weight, style)
             return torgb(x, tail=tail)
-        return modulated_conv2d(x, self.weight, style, up=self.up, f=self.taps if self.up > 1 else None, **tail)
+        x = modulated_conv2d(x, self.weight, style, up=self.up, f=self.taps if self.up > 1 else None, **tail)
+        return x if torgb is None else (x, torgb(x))
 
 
 def _strength_to_scalar(module, state_dict, prefix, local_metadata) -> None:

@@ -7,6 +7,8 @@ times (feature_match once), so that R1 and path length need nothing special. Imp
 from hsrgan.kernels.bias_act import bias_act, bias_act_torch
 from hsrgan.kernels.bias_act_to_rgb import bias_act_to_rgb, bias_act_to_rgb_torch
 from hsrgan.kernels.conv2d import blur_padding, conv2d, conv2d_torch
+from hsrgan.kernels.conv2d_bias_act import conv2d_bias_act, conv2d_bias_act_torch, finishes
+from hsrgan.kernels.conv_table import use_convolution
 from hsrgan.kernels.conv_wgrad import (
     modulated_weight_gradients,
     modulated_weight_gradients_torch,
@@ -37,11 +39,14 @@ __all__ = [
     "bias_act_torch",
     "blur_padding",
     "conv2d",
+    "conv2d_bias_act",
+    "conv2d_bias_act_torch",
     "conv2d_torch",
     "downsample2d",
     "downsample2d_torch",
     "feature_match",
     "feature_match_torch",
+    "finishes",
     "fir_bias_act",
     "fir_bias_act_torch",
     "modulated_conv2d",
@@ -56,6 +61,7 @@ __all__ = [
     "upsample2d",
     "upsample2d_torch",
     "use_backend",
+    "use_convolution",
     "weight_gradient",
     "weight_gradient_torch",
 ]

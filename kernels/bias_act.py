@@ -34,7 +34,7 @@ def bias_act_torch(
     """The definition of `bias_act`: one PyTorch call for each term of the equation, all in the dtype of x."""
     channels = (1, -1) + (1,) * (x.ndim - 2)
     if demod is not None:
-        x = x * _pairs(demod, x)
+        x = x * pairs(demod, x)
     if noise is not None:
         x = x + (noise if strength is None else noise * strength).to(x.dtype)
     if bias is not None:
@@ -53,7 +53,7 @@ def bias_act_torch(
     if clamp is not None:
         x = x.clamp(-clamp, clamp)
     if next_style is not None:
-        x = x * _pairs(next_style, x)
+        x = x * pairs(next_style, x)
     if residual is not None:
         x = x + residual
     return x
@@ -70,7 +70,7 @@ class _PiecewiseLinear(torch.autograd.Function):
     def forward(ctx, x, bias, demod, noise, strength, slope, gain, clamp):
         shift = None if bias is None else (bias * gain).to(x.dtype).reshape((1, -1) + (1,) * (x.ndim - 2))
         if demod is not None:
-            scale = _pairs(demod * gain, x)
+            scale = pairs(demod * gain, x)
             y = x * scale if shift is None else torch.addcmul(shift, x, scale)
         else:
             y = x * gain if shift is None else torch.add(shift, x, alpha=gain)
@@ -108,7 +108,7 @@ class _PiecewiseLinear(torch.autograd.Function):
         if want_demod:
             gdemod = ((g * x).sum(images) * gain).to(demod.dtype)
         if want_x:
-            scale = gain if demod is None else _pairs(demod * gain, g)
+            scale = gain if demod is None else pairs(demod * gain, g)
             gx = g * scale if linear or torch.is_grad_enabled() else g.mul_(scale)
         return gx, gbias, gdemod, gnoise, gstrength, None, None, None
 
@@ -131,7 +131,7 @@ class _ActivationGradient(torch.autograd.Function):
         return _ActivationGradient.apply(gg, y, ctx.slope, ctx.clamp), None, None, None
 
 
-def _pairs(t: Tensor, x: Tensor) -> Tensor:
+def pairs(t: Tensor, x: Tensor) -> Tensor:
     """t [N, C] → [N, C, 1, …] in the dtype of x, to multiply x with."""
     return t.to(x.dtype).reshape(t.shape + (1,) * (x.ndim - 2))
 
@@ -210,5 +210,5 @@ def bias_act(
         # to a value that the dtype holds: in bfloat16 0.7 becomes 0.6992, which a comparison with 0.7 calls unclamped
         clamp = torch.tensor(clamp, dtype=x.dtype).item()
     y = _PiecewiseLinear.apply(x, bias, demod, noise, strength, slope, gain, clamp)
-    y = y if next_style is None else y * _pairs(next_style, y)
+    y = y if next_style is None else y * pairs(next_style, y)
     return y if residual is None else y + residual

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from hsrgan.kernels.pointwise_triton import (
+    input_from_y,
     pointwise,
     pointwise_curvature,
     pointwise_gradient,
@@ -123,7 +124,7 @@ def first(
     samples·chunks, channels], whose first dimension has the stride `plane`; and this block's part of the gradient of
     noise in MAPS [blocks, samples, pixels].
 
-    REF is y (FROM_Y) or x.
+    REF is y (FROM_Y) or x. What `input_from_y` gets wrong meets a g of zero.
     """
     program = tl.program_id(0)
     block = (program % blocks).to(tl.int64)
@@ -156,6 +157,10 @@ def first(
             v = gz * style[None, :]
         if FROM_Y:
             g = pointwise_gradient_from_y(v, ref, SLOPE, GAIN, CLAMP)
+            if WANT_DEMOD:
+                ref = input_from_y(
+                    ref, demod, noise * strength, bias, HAS_DEMOD, HAS_NOISE, HAS_BIAS, SLOPE, GAIN
+                )  # fmt: skip
         else:
             pre = pre_activation(ref, demod, noise * strength, bias, HAS_DEMOD, HAS_NOISE, HAS_BIAS)
             g = pointwise_gradient(v, pre, ACT, SLOPE, GAIN, CLAMP)
@@ -195,7 +200,7 @@ def second(
 ):  # fmt: skip
     """As `first`, for the gradients of its results along their cotangents HX … HSTYLE, as far as GIVEN.
 
-    FROM_Y: there is no next_style and demod is a constant, so that `a` is zero and x is not needed.
+    FROM_Y: there is no next_style and the act is piecewise linear, so that `a` is zero.
     """
     program = tl.program_id(0)
     block = (program % blocks).to(tl.int64)
@@ -238,7 +243,10 @@ def second(
         if GIVEN_BIAS:
             h += h_bias[None, :]
         if GIVEN_DEMOD:
-            h += h_demod[None, :] * ref
+            x = ref
+            if FROM_Y:
+                x = input_from_y(ref, demod, noise * strength, bias, HAS_DEMOD, HAS_NOISE, HAS_BIAS, SLOPE, GAIN)
+            h += h_demod[None, :] * x
         if GIVEN_STRENGTH:
             h += (noise * h_strength)[:, None]
         if GIVEN_NOISE:

@@ -246,7 +246,7 @@ class _Forward(Function):
             ref = z.detach() if ctx.chain.from_y else x
             want = [*tail[:3], False, want_strength, False]
             gx, gbias, gdemod, _, gstrength, _ = First.apply(
-                gz, ref, bias, demod, noise, strength, None, ctx.chain, want
+                gz, ref, bias, demod, noise, strength, None, ctx.chain, want, None
             )
         elif grgb is not None and any((*tail, want_v, want_rgb_bias)):
             want = [*tail, want_v, want_rgb_bias]

@@ -22,6 +22,11 @@ Saved for the gradients: y where it tells the side and the clamp of a piecewise 
 input, so that this costs nothing); x where y is not the output (next_style, residual), or a gradient of demod or a
 smooth act needs x itself; nothing for the plain linear act. There is no division, so that a style of 0 is harmless.
 
+`Finished` is the pass of a convolution that applies this chain itself and writes y alone. Where gdemod needs x, x =
+(p − noise·strength − bias) / demod is had back from y, p being y by the gain of its side: no pass over memory, but y
+is rounded: in half precision gdemod is off by about max(1, |noise·strength + bias| / |demod·x|) times what PyTorch's
+is. demod must not be zero (a demodulation never is).
+
 Bytes moved per element of b bytes, of what is as large as x:
 
     forward              2b    x → z                              3b with residual
@@ -113,14 +118,41 @@ class _Forward(Function):
         ref, *small = ctx.saved_tensors
         if ctx.chain.from_y and ref is not None:
             ref = ref.detach()  # the mask is a constant: no gradient comes back through z
-        return *First.apply(gz, ref, *small, ctx.chain, want), gz if want_residual else None, None
+        return *First.apply(gz, ref, *small, ctx.chain, want, None), gz if want_residual else None, None
+
+
+class Finished(Function):
+    """`bias_act` of an x that was never written, because the kernel that made it wrote y at once.
+
+    x: a stand-in that has the shape of x, and takes its gradient; y: the result. A piecewise linear act, gain > 0.
+    Differentiable twice, in x, bias, demod, noise and strength.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, bias, demod, noise, strength, constants):
+        ctx.chain = Chain(constants, True, y.shape, y.stride())
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, y, bias, demod, noise, strength)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gz):
+        want_x, _, *want, _ = launch.wanted(ctx)
+        if gz is None or not any([want_x, *want]):
+            return (None,) * 7
+        x, y, *small = ctx.saved_tensors
+        gx, *gsmall, _ = First.apply(gz, y, *small, None, ctx.chain, [want_x, *want, False], x)
+        return gx, None, *gsmall, None
 
 
 class First(Function):
-    """gz, x or y, bias, demod, noise, strength, style → gradients of x, bias, demod, noise, strength, style."""
+    """gz, x or y, bias, demod, noise, strength, style → gradients of x, bias, demod, noise, strength, style.
+
+    x: the stand-in of `Finished`, else None.
+    """
 
     @staticmethod
-    def forward(ctx, gz, ref, bias, demod, noise, strength, style, chain, want):
+    def forward(ctx, gz, ref, bias, demod, noise, strength, style, chain, want, x):
         small = dense(bias, demod, noise, strength, style)
         want_x, *want_small = want
         gx = chain.empty(gz) if want_x else None
@@ -141,7 +173,11 @@ class First(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        return *second(ctx.saved_tensors, cotangents, ctx.chain, launch.wanted(ctx)[:7]), None, None
+        wanted = launch.wanted(ctx)
+        wanted[1] |= wanted[9]
+        ggz, gx, *gsmall = second(ctx.saved_tensors, cotangents, ctx.chain, wanted[:7])
+        gref, gx = (None, gx) if ctx.chain.from_y else (gx, None)
+        return ggz, gref, *gsmall, None, None, gx
 
 
 def second(

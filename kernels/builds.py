@@ -84,7 +84,8 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Build:
-    """One compiled kernel. registers per thread; shared bytes per program; spills: bytes of stack per thread."""
+    """One compiled kernel. registers per thread; shared bytes per program; spills: bytes of stack per thread; matrix:
+    the instruction of the matrix units that its products are, as the disassembly names it, or ""."""
 
     kernel: str  # module.function
     target: str
@@ -95,6 +96,7 @@ class Build:
     shared: int
     spills: int
     error: str = ""  # what the compiler said, when there is no build
+    matrix: str = ""
 
     def problems(self) -> list[str]:
         """Why this kernel must not be shipped for this target; empty if it may."""
@@ -130,8 +132,8 @@ def build(launch: Launch, target: Target | str) -> Build:
     except Exception as error:  # the compiler raises whatever its passes raise
         return Build(*facts, 0, 0, 0, f"{type(error).__name__}: {error}".strip().splitlines()[-1])
     read = _read_cubin if target.backend == "cuda" else _read_amdgcn
-    registers, spills = read(compiled.asm)
-    return Build(*facts, registers, compiled.metadata.shared, spills)
+    registers, spills, matrix = read(compiled.asm)
+    return Build(*facts, registers, compiled.metadata.shared, spills, matrix=matrix)
 
 
 def instructions(launch: Launch, target: str) -> Counter[str]:
@@ -221,8 +223,9 @@ def _specialised(launch: Launch, target: Target) -> tuple[Any, dict, str, str]:
     return source, parsed.__dict__, " ".join(words), f"{signature} {constants} {attributes} {options}"
 
 
-def _read_cubin(asm: dict) -> tuple[int, int]:
-    """Registers and stack bytes of the largest function; the stack of a Triton kernel holds spilled registers.
+def _read_cubin(asm: dict) -> tuple[int, int, str]:
+    """Registers and stack bytes of the largest function, and its matrix instruction; the stack of a Triton kernel holds
+    spilled registers.
 
     The assembler reserves eight bytes now and then that no instruction touches: those are no spill.
     """
@@ -231,9 +234,12 @@ def _read_cubin(asm: dict) -> tuple[int, int]:
         file.flush()
         used = re.findall(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
         registers, stack = (max(map(int, numbers)) for numbers in zip(*used, strict=True))
-        if stack and not re.search(r"\b(STL|LDL)\b", _tool("nvdisasm", file.name)):
+        products = re.search(r"\b(wgmma|tcgen05|mma)\.", asm["ptx"]) is not None
+        sass = _tool("nvdisasm", file.name) if stack or products else ""
+        if stack and not re.search(r"\b(STL|LDL)\b", sass):
             stack = 0
-    return registers, stack
+    found = re.search(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA)\b", sass)
+    return registers, stack, found[1] if found else ""
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -244,10 +250,12 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _read_amdgcn(asm: dict) -> tuple[int, int]:
-    """Vector registers (accumulation registers are among them) and bytes of scratch memory."""
+def _read_amdgcn(asm: dict) -> tuple[int, int, str]:
+    """Vector registers (accumulation registers are among them), bytes of scratch memory, and the matrix instruction."""
     fields = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", asm["amdgcn"], re.MULTILINE)}
-    return fields["vgpr_count"], max(fields["private_segment_fixed_size"], 4 * fields["vgpr_spill_count"])
+    found = re.search(r"\bv_(mfma)_", asm["amdgcn"])
+    scratch = max(fields["private_segment_fixed_size"], 4 * fields["vgpr_spill_count"])
+    return fields["vgpr_count"], scratch, found[1].upper() if found else ""
 
 
 def occupancy(build: Build, gpu: Gpu | str) -> Occupancy:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.tiles import channels_fastest
+from hsrgan.kernels.convolution import Convolution, Geometry, cast
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -150,14 +150,8 @@ class _Gradients(torch.autograd.Function):
 
 
 def _convolve(t, weight, x, k, stride, padding, transposed):
-    # conv2d's own weight gradient is this module's: whichever is imported first finds the other half made
-    from hsrgan.kernels.conv2d import _Convolution
-
-    nhwc = channels_fastest(x.shape, x.stride())
-    weight = weight.to(t.dtype, memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-    # rows that a strided convolution does not reach, which its transpose must still return
-    left_over = [(s + 2 * padding - k) % stride if transposed else 0 for s in x.shape[2:]]
-    return _Convolution.apply(t, weight, stride, padding, transposed, left_over)
+    geometry = Geometry(k, stride, padding)
+    return Convolution.apply(t, weight, None, cast(weight, x), geometry.adjoint(x) if transposed else geometry)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
 from hsrgan.kernels.fir4_kernels import fir4
-from hsrgan.kernels.tiles import power_of_two, tile
+from hsrgan.kernels.tiles import is_nhwc, power_of_two, tile
 
 Sides = tuple[int, int, int, int]
 SUMS = ("v", "product", "noise", "back")
@@ -16,11 +16,6 @@ SUMS = ("v", "product", "noise", "back")
 def accumulator(t: Tensor) -> tl.dtype:
     """The type sums are kept in: fp64 for fp64, else fp32."""
     return tl.float64 if t.dtype == torch.float64 else tl.float32
-
-
-def is_nhwc(t: Tensor) -> bool:
-    """Do the channels of t [N, C, H, W] lie closer together than its columns?"""
-    return t.stride(1) < t.stride(3)
 
 
 def empty(like: Tensor, *shape: int, nhwc: bool) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.bias_act import bias_act, bias_act_torch
-from hsrgan.kernels.conv2d import check_conv2d, conv2d, conv2d_torch, transposed_conv2d, transposed_padding
-from hsrgan.kernels.fir_chain import fir_bias_act
+from hsrgan.kernels.bias_act import bias_act_torch
+from hsrgan.kernels.conv2d import check_conv2d, conv2d_torch, convolution, geometry_of
+from hsrgan.kernels.conv2d_bias_act import layer
 
 EPS = 1e-8
 
@@ -73,17 +73,13 @@ def modulated_conv2d(
     x [N, Cin, H, W]; weight [Cout, Cin, k, k]; style [N, Cin]; noise [N or 1, 1, up·H, up·W]; strength one value; bias
     [Cout]. Weight and style stay in their own dtype (fp32) for the demodulation and are cast where they meet x. fp16 x
     with demodulation: weight and style are first normalised by their maxima, which demodulation undoes.
-    Differentiable any number of times in every tensor but f.
+    Differentiable in every tensor but f, twice in Triton, any number of times in PyTorch.
     """
     check_conv2d(x, weight, up, 1, f)
-    x, weight, demod = _modulated(x, weight, style, demodulate)
-    if up == 2 and weight.shape[-1] == 3:
-        return fir_bias_act(
-            transposed_conv2d(x, weight), f, bias, padding=transposed_padding(f), gain=4, demod=demod, noise=noise,
-            strength=strength, act=act, act_gain=gain, clamp=clamp,
-        )  # fmt: skip
-    x = conv2d(x, weight, up=up, f=f)
-    return bias_act(x, bias, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp)
+    weight, style, demod = _normalized(x, weight, style, demodulate)
+    return layer(
+        x, weight, style, bias, up=up, f=f, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp
+    )
 
 
 def modulated_convolution(
@@ -94,15 +90,14 @@ def modulated_convolution(
     For an op that does more in the pass of the tail than the tail. Arguments and derivatives as of `modulated_conv2d`.
     """
     check_conv2d(x, weight, 1, 1, None)
-    x, weight, demod = _modulated(x, weight, style, demodulate)
-    return conv2d(x, weight), demod
+    weight, style, demod = _normalized(x, weight, style, demodulate)
+    return convolution(x, weight, geometry_of(weight, 1, 1), style), demod
 
 
-def _modulated(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x·style, the weight to convolve it with, and the demodulation."""
+def _normalized(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight and style as they meet x, and the demodulation."""
     launch.check_shape(style, "style", *x.shape[:2])
     launch.check_devices(x, style=style)
     if demodulate and x.dtype == torch.float16:
         weight, style = normalize_for_half(weight, style)
-    demod = demodulation(weight, style) if demodulate else None
-    return x * style.to(x.dtype)[:, :, None, None], weight, demod
+    return weight, style, demodulation(weight, style) if demodulate else None

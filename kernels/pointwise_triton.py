@@ -104,6 +104,28 @@ def pointwise_gradient_from_y(v, y, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLA
 
 
 @triton.jit
+def input_from_y(
+    y, demod, shift, bias, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SLOPE: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """x of a tile y [pixels, channels] wherever a gradient passes, for ACT "lrelu" with GAIN > 0; elsewhere anything.
+
+    As precise as y is: see `bias_act_triton`. The others as for `pre_activation`.
+    """
+    if SLOPE == 0 or SLOPE == 1:
+        x = y * (1.0 / GAIN)
+    else:
+        x = tl.where(y > 0, y * (1.0 / GAIN), y * (1.0 / (GAIN * SLOPE)))
+    if HAS_NOISE:
+        x = x - shift[:, None]
+    if HAS_BIAS:
+        x = x - bias[None, :]
+    if HAS_DEMOD:
+        x = x / tl.where(demod == 0, 1.0, demod)[None, :]  # 0 beyond the last channel
+    return x
+
+
+@triton.jit
 def _sides(v, p, SLOPE: tl.constexpr, GAIN: tl.constexpr):
     """v·gain where p > 0, else v·gain·slope."""
     if SLOPE == 1:

@@ -66,6 +66,11 @@ def channels_fastest(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return all(strides[1] < stride for size, stride in zip(shape[2:], strides[2:], strict=True) if size > 1)
 
 
+def is_nhwc(t: Tensor) -> bool:
+    """Do the channels of t [N, C, H, W] lie closer together than its columns?"""
+    return t.stride(1) < t.stride(3)
+
+
 def tile(channels: int, pixels: int, by_channels: bool, elements: int) -> tuple[int, int]:
     """(pixels, channels) of a tile of at most `elements`: powers of two, filled along the fastest dimension first.
 

@@ -16,9 +16,18 @@ WIDTHS = {"channel_base": 32, "channel_max": 4, "mapping_layers": 1}
 
 @pytest.fixture(scope="module")
 def networks():
+    return build(16)
+
+
+@pytest.fixture(scope="module")
+def small_networks():
+    return build(8)
+
+
+def build(size):
     torch.manual_seed(0)
-    g = Generator(6, 0, 6, 16, 3, **WIDTHS, conv_clamp=0.8).double()
-    d = Discriminator(0, 16, 3, **WIDTHS, mbstd_group_size=2, conv_clamp=2.0).double()
+    g = Generator(6, 0, 6, size, 3, **WIDTHS, conv_clamp=0.8).double()
+    d = Discriminator(0, size, 3, **WIDTHS, mbstd_group_size=2, conv_clamp=2.0).double()
     heads = HSRHeads({8: g.synthesis.channels[8]}, {8: 5}, hidden=6).double()
     with torch.no_grad():
         for p in [*g.parameters(), *d.parameters()]:
@@ -49,10 +58,27 @@ def r1(g, d, heads, z, noise, reals):
 
 @pytest.mark.parametrize("phase", [g_main, path_length, d_main, r1], ids=lambda phase: phase.__name__)
 def test_every_phase_has_the_gradients_of_pytorch(networks, phase, monkeypatch):
+    launched = equal_on_both_backends(networks, phase, 16, monkeypatch)
+    # each block of G ends in one pass, forward and backward; to_rgb's own kernels make second derivatives at most
+    blocks = len(networks[0].synthesis.resolutions) if phase in (g_main, path_length) else 0
+    assert launched["bias_act_to_rgb_triton.forward"] == launched["bias_act_to_rgb_triton.gradient"] == blocks
+    assert (launched["to_rgb_triton.gradient"] > 0) == (phase is path_length)
+
+
+@pytest.mark.parametrize("phase", [g_main, path_length, r1], ids=lambda phase: phase.__name__)
+def test_every_phase_has_the_gradients_of_pytorch_with_the_gemm(small_networks, phase, monkeypatch):
+    with kernels.use_convolution("gemm"):
+        launched = equal_on_both_backends(small_networks, phase, 8, monkeypatch)
+    assert launched["conv_gemm_triton.conv_gemm"] > 0 and launched["conv_wgrad_triton.wgrad_kernel"] > 0
+    assert launched["bias_act_to_rgb_triton.forward"] == 0  # the GEMM writes conv1's features finished
+
+
+def equal_on_both_backends(networks, phase, size, monkeypatch):
+    """Compare loss and gradients; how often each kernel was launched."""
     g, d, heads = networks
     torch.manual_seed(1)
     z, noise = torch.randn(2, 6).double(), torch.randn(2, g.synthesis.noise_size).double()
-    reals = torch.randn(2, 3, 16, 16).double()
+    reals = torch.randn(2, 3, size, size).double()
     found, launched = [], Counter()
 
     def counted(kernel, *arguments, **options):
@@ -70,7 +96,4 @@ def test_every_phase_has_the_gradients_of_pytorch(networks, phase, monkeypatch):
     for truth, triton in zip(*found, strict=True):
         torch.testing.assert_close(triton, truth, rtol=1e-9, atol=1e-9 * float(found[0][0].abs() + 1))
     assert sum(float(x.abs().sum()) > 0 for x in found[0]) > len(found[0]) / 2
-    # each block of G ends in one pass, forward and backward; to_rgb's own kernels make second derivatives at most
-    blocks = len(g.synthesis.resolutions) if phase in (g_main, path_length) else 0
-    assert launched["bias_act_to_rgb_triton.forward"] == launched["bias_act_to_rgb_triton.gradient"] == blocks
-    assert (launched["to_rgb_triton.gradient"] > 0) == (phase is path_length)
+    return launched

@@ -20,6 +20,7 @@ ROOFS = {"copy": 1e12, "float32": 1e13, "float16": 1e14}
 SHAPES = """
 - {op: bias_act, batch: 1, channels: 8, resolution: 8}
 - {op: feature_match, batch: 2, channels: 64, resolution: 16}
+- {op: convolution, batch: 1, channels: 16, resolution: 4}
 """  # in YAML, as --shapes takes them
 
 
@@ -226,9 +227,29 @@ def test_a_checkout_becomes_a_rival(tmp_path):
         "from hsrgan.kernels import upsample2d_torch as upsample2d\n"
         "from hsrgan.kernels import downsample2d_torch as downsample2d\n"
     )
+    (ops / "conv2d_gradfix.py").write_text("enabled = False\n")
+    (ops / "conv2d_resample.py").write_text(
+        "from hsrgan.kernels import conv2d_torch\n"
+        "def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False):\n"
+        "    assert padding == w.shape[-1] // 2 and flip_weight == (up == 1) and w.dtype == x.dtype\n"
+        "    return conv2d_torch(x, w, up=up, down=down, f=f)\n"
+    )
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "__init__.py").write_text("")
+    (tmp_path / "training" / "networks_stylegan2.py").write_text(
+        "from hsrgan.kernels import modulated_conv2d_torch\n"
+        "def modulated_conv2d(x, weight, styles, noise=None, up=1, down=1, padding=0, resample_filter=None,\n"
+        "                     demodulate=True, flip_weight=True, fused_modconv=True):\n"
+        "    assert padding == 1 and flip_weight == (up == 1) and not fused_modconv\n"
+        "    return modulated_conv2d_torch(x, weight, styles, up=up, f=resample_filter, demodulate=demodulate,\n"
+        "                                  noise=noise, act='linear')\n"
+    )
     before = list(sys.path)
     nvidia = kernel_timing.providers(tmp_path)["nvidia"]
     assert sys.path == before
     assert nvidia(next(kernel_shapes.feature_match(1, 4, 8))) is None
-    rows = bench(small_cases(), {"nvidia": nvidia})
-    assert {row["op"] for row in rows} == {"bias_act", "upfirdn2d", "upsample2d", "downsample2d"}
+    convolutions = kernel_timing.cases(list(kernel_shapes.convolution(1, 4, 8)), [torch.float32], ["forward"])
+    rows = bench(small_cases() + convolutions, {"nvidia": nvidia})
+    there = {"bias_act", "upfirdn2d", "upsample2d", "downsample2d", *kernel_timing.CONVOLUTIONS}
+    assert {row["op"] for row in rows} == there
+    assert sys.modules["torch_utils.ops.conv2d_gradfix"].enabled

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hsrgan.kernels import builds, launch
+from hsrgan.kernels import builds, conv_table, launch
 from hsrgan.kernels.builds import Build
 from hsrgan.tools import kernel_shapes
 
@@ -31,9 +31,24 @@ def run(tmp_path, script, *options):
 def test_every_kernel_is_fit_to_ship(tmp_path):
     """Few and many channels, sizes that divide by 16 and that do not; bfloat16 compiles to what float16 does."""
     few = [f"--resolution={r}" for r in (8, 64, 1024)] + ["--dtype=float16", "--dtype=float32", "--model=ffhq1024"]
+    ops = {call.op for call in kernel_shapes.calls()} - {"conv2d", "conv2d_bias_act", "modulated_conv2d"}
+    few += [f"--op={op}" for op in sorted(ops)]  # the convolutions' own kernel: the next test
     code, rows, _ = run(tmp_path, "tools/kernel_builds.py", *few)
     bad = [f"{row['kernel']} {row['target']} {row['first']}: {row['problems']}" for row in rows if row["problems"]]
     assert bad == [] and code == 0
+
+
+@pytest.mark.timeout(600)
+def test_every_tile_of_the_convolutions_table(tmp_path):
+    """Fit to ship on its own architecture, and its products run on the matrix units: on sm_90 as wgmma (HGMMA)."""
+    code, rows, _ = run(tmp_path, "tests/conv_builds.py")
+    assert [f"{row['target']} {row['tile']}: {row['problems']}" for row in rows if row["problems"]] == [] and code == 0
+    expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+    for row in rows:
+        assert row["matrix"] == expected[row["target"]] or row["kind"] == "ieee" or "bias_act" in row["kernel"], row
+    assert {(row["kind"], tuple(row["tile"])) for row in rows} == {
+        (kind, tile) for (kind, _), tiles in conv_table.TILES.items() for tile in tiles if kind != "fp64"
+    } | {("layer", ())}
 
 
 def test_a_sound_op(tmp_path):

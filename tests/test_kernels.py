@@ -17,7 +17,7 @@ from hsrgan import kernels
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 TAPS = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
 SKEW = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]], dtype=torch.float64) / 22  # neither symmetric nor separable
-conv2d_module = sys.modules["hsrgan.kernels.conv2d"]
+convolution_module = sys.modules["hsrgan.kernels.convolution"]
 feature_match_module = sys.modules["hsrgan.kernels.feature_match"]
 
 
@@ -300,13 +300,13 @@ def network(x, w, style):
 def test_penalties_compute_no_weight_gradient_that_is_thrown_away(wrt, monkeypatch):
     """R1 (images) and path length (styles): none in the inner derivative, and after it those of the penalty."""
     calls = []
-    forward = conv2d_module._WeightGradient.forward
+    forward = convolution_module.WeightGradient.forward
 
     def counted(ctx, *args):
         calls.append(1)
         return forward(ctx, *args)
 
-    monkeypatch.setattr(conv2d_module._WeightGradient, "forward", staticmethod(counted))
+    monkeypatch.setattr(convolution_module.WeightGradient, "forward", staticmethod(counted))
     x, style = normal(2, 3, 4, 4).requires_grad_(), normal(2, 3).requires_grad_()
     weights = [normal(3, 3, 3, 3).requires_grad_() for _ in range(2)]
     y = network(x, weights, style)

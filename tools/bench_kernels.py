@@ -32,9 +32,10 @@ from hsrgan import kernels
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.kernels import builds, launch
 from hsrgan.kernels.builds import GPUS, Gpu
+from hsrgan.kernels.conv_table import IMPLEMENTATIONS
 from hsrgan.tools import kernel_shapes, kernel_timing
 from hsrgan.tools.kernel_shapes import Call
-from hsrgan.tools.kernel_timing import MODES, Case, Providers
+from hsrgan.tools.kernel_timing import MODES, Case, LibraryCall, Providers
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 OUT = Path(__file__).parents[1] / "benchmarks"
@@ -86,7 +87,8 @@ def check_all(cases: list[Case], providers: Providers, device: str) -> list[str]
     for case in track(cases, "checking", console=Console(stderr=True), transient=True):
         for name, provider in providers.items():
             op = provider(case.call) if kernel_timing.possible(name, case) else None
-            complaint = "" if op is None else kernel_timing.gate(case, op, device)
+            with kernel_timing.implementation(name):
+                complaint = "" if op is None else kernel_timing.gate(case, op, device)
             if complaint:
                 wrong.append(f"{name} {case.call.op}, {case.name}: {complaint}")
     return wrong
@@ -110,10 +112,11 @@ def bench(
             op = provider(case.call) if kernel_timing.possible(name, case) else None
             if op is None:
                 continue
-            run = kernel_timing.prepare(case, op, case.call.make(case.dtype, device))
             moved = kernel_timing.bytes_of(case)
             floor = max(moved / best["copy"], case.flops / best[str(case.dtype).removeprefix("torch.")])
-            used, times = peak(run), stopwatch(run)
+            with kernel_timing.implementation(name):
+                run = kernel_timing.prepare(case, op, case.call.make(case.dtype, device))
+                used, times = peak(run), stopwatch(run)
             rows.append(row(case, name, moved, floor, torch.cuda.get_device_name() if device == "cuda" else device)
                         | times | {"gb_s": moved / times["p50"] / 1e9, "tflop_s": case.flops / times["p50"] / 1e12,
                                    "roof_share": floor / times["p50"], "peak_memory": used})  # fmt: skip
@@ -130,30 +133,44 @@ def row(case: Case, provider: str, moved: int, floor: float, device: str) -> dic
     return {key: known.get(key) for key in KEYS}
 
 
-def launches_of(case: Case, chip: str) -> list[launch.Launch]:
-    """What our op launches in the mode itself on a chip; none where it has no Triton kernel yet."""
-    with launch.record(chip) as launches:
+def launches_of(case: Case, chip: str) -> tuple[list[launch.Launch], list[LibraryCall]]:
+    """What our op launches in the mode itself on a chip, and which products it leaves to the libraries."""
+    with launch.record(chip) as launches, kernel_timing.LibraryCalls() as calls:
         run = kernel_timing.prepare(case, getattr(kernels, case.call.op), case.call.make(case.dtype))
-        before = len(launches)
+        before = len(launches), len(calls.found)
         run()
-    return launches[before:]
+    return launches[before[0] :], calls.found[before[1] :]
 
 
 def model(cases: list[Case], gpu: Gpu, jobs: int = 0) -> list[dict]:
-    """A row a case with its bytes, FLOP and floor on gpu, and the kernels that our op launches, compiled for it."""
-    launches = [launches_of(case, gpu.target) for case in cases]
-    built = iter(builds.build_each([x for some in launches for x in some], [gpu.target], jobs).values())
+    """A row a case (of a convolution: a case and implementation) with its bytes, FLOP and floor on gpu, the kernels
+    that our op launches, compiled for it, and the sum of the floors of all that it launches."""
+    work = []
+    for case in cases:
+        if case.call.op not in kernel_timing.CONVOLUTIONS:
+            work.append((case, "hsrgan", *launches_of(case, gpu.target)))
+            continue
+        chosen = {each.kernel.__name__ for each in launches_of(case, gpu.target)[0]} & {"conv_gemm"}
+        for name in IMPLEMENTATIONS:
+            with kernel_timing.implementation(name):
+                label = name + (" (chosen)" if (name == "gemm") == bool(chosen) else "")
+                work.append((case, label, *launches_of(case, gpu.target)))
+    built = iter(builds.build_each([x for *_, some, _ in work for x in some], [gpu.target], jobs).values())
     rows = []
-    for case, some in zip(cases, launches, strict=True):
-        moved = kernel_timing.bytes_of(case)
-        floor = builds.floor_seconds(moved, case.flops, gpu, matrix=case.dtype.itemsize == 2)
+    for case, provider, some, calls in work:
+        moved, half = kernel_timing.bytes_of(case), case.dtype.itemsize == 2
+        floor = builds.floor_seconds(moved, case.flops, gpu, matrix=half)
+        parts = [(builds.bytes_moved(each), kernel_timing.flops_of(each)) for each in some] + calls
         compiled = [next(built) for _ in some]
         found = [
             {"kernel": b.kernel, "registers": b.registers, "shared": b.shared, "spills": b.spills, "error": b.error,
              "occupancy": 0.0 if b.error else builds.occupancy(b, gpu).share}
             for b in compiled
         ]  # fmt: skip
-        rows.append(row(case, "hsrgan", moved, floor, f"{gpu.name} (data sheet)") | {"kernels": found})
+        found_floors = sum(builds.floor_seconds(*part, gpu, matrix=half) for part in parts)
+        rows.append(row(case, provider, moved, floor, f"{gpu.name} (data sheet)") | {
+            "kernels": found, "library_calls": len(calls), "floors": found_floors,
+        })  # fmt: skip
     return rows
 
 
@@ -209,15 +226,20 @@ def print_timed(rows: list[dict], roofs: dict[str, float], console: Console) -> 
 
 def print_model(rows: list[dict], gpu: Gpu, console: Console) -> None:
     title = f"{gpu.name} by its data sheet and by ahead-of-time builds for {gpu.target}: NOTHING WAS TIMED"
-    headings = ("op", "shape", "dtype", "mode", "MB", "GFLOP", "floor µs", "kernels", "registers", "spills", "warps")
-    table = Table(*headings, title=title, caption="warps: share of those that a multiprocessor can hold")
+    headings = ("op", "shape", "dtype", "mode", "provider", "MB", "GFLOP", "floor µs", "launched µs", "kernels",
+                "registers", "spills", "warps")  # fmt: skip
+    caption = (
+        "launched: sum of the floors of all that is launched; warps: share of those that a multiprocessor holds"
+    )
+    table = Table(*headings, title=title, caption=caption)
     for r in rows:
         found = r["kernels"]
         of = [f"{max(k[key] for k in found)}" for key in ("registers", "spills")] if found else ["", ""]
         names = dict.fromkeys(k["kernel"].rpartition(".")[2] for k in found)
         table.add_row(
-            r["op"], r["shape"], r["dtype"], r["mode"], f"{r['bytes'] / 1e6:.2f}", f"{r['flops'] / 1e9:.2f}",
-            f"{r['floor'] * 1e6:.2f}", " ".join(names) or "no Triton kernel", *of,
+            r["op"], r["shape"], r["dtype"], r["mode"], r["provider"], f"{r['bytes'] / 1e6:.2f}",
+            f"{r['flops'] / 1e9:.2f}", f"{r['floor'] * 1e6:.2f}", f"{r['floors'] * 1e6:.2f}",
+            " ".join([*names, *["library"] * (r["library_calls"] > 0)]), *of,
             f"{min(k['occupancy'] for k in found):.0%}" if found else "",
         )  # fmt: skip
     console.print(table)

@@ -57,8 +57,8 @@ def build(calls: list[Call], dtypes: list[str], targets: list[str], jobs: int = 
 def print_rows(rows: list[dict], console: Console) -> None:
     """One line a kernel, warps, stages and target, with the worst of its variants; then what must not be."""
     table = Table(title="Kernels, compiled ahead of time: the worst of each kernel's variants")
-    for heading in ("kernel", "target", "warps", "variants", "registers", "shared", "spills", "occupancy"):
-        table.add_column(heading, justify="left" if heading in ("kernel", "target") else "right")
+    for heading in ("kernel", "target", "warps", "variants", "registers", "shared", "spills", "matrix", "occupancy"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "target", "matrix") else "right")
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["num_warps"], row["target"]), []).append(row)
@@ -67,7 +67,8 @@ def print_rows(rows: list[dict], console: Console) -> None:
         gpu = next(gpu for gpu in GPUS.values() if gpu.target == target)
         fields = Build.__dataclass_fields__
         least = min(builds.occupancy(Build(**{k: row[k] for k in fields}), gpu).share for row in group)
-        figures = (f"{len(group)}", f"{worst['registers']}", f"{worst['shared']:,}", f"{worst['spills']}")
+        matrix = " ".join(sorted({row["matrix"] for row in group}))
+        figures = (f"{len(group)}", f"{worst['registers']}", f"{worst['shared']:,}", f"{worst['spills']}", matrix)
         table.add_row(kernel, target, f"{warps}", *figures, f"{least:.0%} of {gpu.name}")
     console.print(table)
     for row in rows:
@@ -81,7 +82,7 @@ def main(
     target: Annotated[list[str], typer.Option(help="An architecture; may be repeated.")] = list(TARGETS),  # noqa: B006
     dtype: Annotated[list[str], typer.Option(help="Of the activations; may be repeated.")] = list(DTYPES),  # noqa: B006
     model: Annotated[list[str], typer.Option(help="Whose layers; may be repeated.")] = list(kernel_shapes.MODELS),  # noqa: B006
-    op: Annotated[str, typer.Option(help="Only calls of this op.")] = "",
+    op: Annotated[list[str], typer.Option(help="Only calls of this op; may be repeated.")] = [],  # noqa: B006
     resolution: Annotated[list[int], typer.Option(help="Only layers of this resolution; may be repeated.")] = [],  # noqa: B006
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where every build goes as a row.")] = None,
@@ -107,7 +108,7 @@ def main(
         calls = [
             call
             for call in kernel_shapes.calls(models)
-            if op in ("", call.op) and call.resolution in (resolution or [call.resolution])
+            if call.op in (op or [call.op]) and call.resolution in (resolution or [call.resolution])
         ]
         rows = build(calls, dtype, target, jobs)
         if json_file is not None:

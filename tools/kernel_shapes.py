@@ -164,8 +164,40 @@ def feature_match(n: int, c: int, r: int) -> Iterator[Call]:
         yield Call(f"HSR, {distance}", "feature_match", sizes, options, low, ("target",), order=1, flops=2 * n * pixels)
 
 
+def convolution(n: int, c: int, r: int) -> Iterator[Call]:
+    """G's and D's convolutions with what follows them; half the resolution has twice the channels."""
+    wide, pixels = min(2 * c, CHANNEL_MAX), n * r * r
+
+    def call(name: str, op: str, sizes: dict, options: dict, size: int, **more: Any) -> Call:
+        """size: of the side that the convolution's taps are counted on."""
+        outputs, inputs, k, _ = sizes["weight"]
+        return Call(name, op, sizes, options, flops=2 * k * k * inputs * outputs * size, **more)
+
+    def layer(inputs: int, size: int) -> dict[str, tuple[int, ...]]:
+        noise = {"noise": (n, 1, r, r), "strength": (1,), "bias": (c,)}
+        return {"x": (n, inputs, size, size), "weight": (c, inputs, 3, 3), "style": (n, inputs), **noise}
+
+    clamp, fir = {"clamp": CLAMP}, {"f": (4,)}
+    x, constants = {"x": (n, c, r, r)}, ("f", "noise")
+    if r > 4:
+        up = layer(wide, r // 2) | fir
+        yield call("G conv0", "modulated_conv2d", up, {**clamp, "up": 2}, pixels // 4, constants=constants)
+    yield call("G conv1", "modulated_conv2d", layer(c, r), clamp, pixels, constants=constants)
+    if r >= 256:
+        rgb = {"x": (n, 3, r, r), "weight": (c, 3, 1, 1), "bias": (c,)}
+        yield call("D fromRGB", "conv2d_bias_act", rgb, clamp, pixels)
+    yield call("D conv0", "conv2d", {**x, "weight": (c, c, 3, 3)}, {}, pixels)
+    if r > 4:
+        down = {**x, "weight": (wide, c, 3, 3), "bias": (wide,), "residual": (n, wide, r // 2, r // 2), **fir}
+        low = ("x", "residual")
+        options = {"down": 2, "gain": 1.0, "clamp": CLAMP * 0.5**0.5}
+        yield call("D conv1", "conv2d_bias_act", down, options, pixels // 4, low=low, constants=constants)
+        skip = {**x, "weight": (wide, c, 1, 1), **fir}
+        yield call("D skip", "conv2d", skip, {"down": 2}, pixels // 4, constants=constants)
+
+
 OPS: list[Callable[[int, int, int], Iterator[Call]]] = [
-    bias_act, upfirdn2d, fir_chain, to_rgb, bias_act_to_rgb, weight_gradient, feature_match,
+    bias_act, upfirdn2d, fir_chain, to_rgb, bias_act_to_rgb, convolution, weight_gradient, feature_match,
 ]  # fmt: skip
 
 

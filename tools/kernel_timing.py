@@ -8,6 +8,7 @@ reads the inputs and both gradients and writes a gradient for each leaf and for 
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -17,12 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from hsrgan import kernels
 from hsrgan.engine.errors import UserError
+from hsrgan.kernels import launch
+from hsrgan.kernels.conv_table import IMPLEMENTATIONS, use_convolution
 from hsrgan.tools.kernel_shapes import Call
 
 MODES = ("forward", "backward", "double")
+CONVOLUTIONS = ("conv2d", "conv2d_bias_act", "modulated_conv2d")  # with two implementations: kernels/conv_table.py
 FREE = 1e-5  # of the norm: fp32 sums of millions of terms in another order
 PRECISE = 2**27  # elements of the largest tensor up to which the truth is computed in fp64, above it in fp32
 
@@ -87,6 +94,11 @@ def _like(t: Tensor, seed: int) -> Tensor:
     return torch.empty_like(t).detach().copy_((values * 32).round() / 32)
 
 
+def implementation(provider: str) -> contextlib.AbstractContextManager[None]:
+    """What a provider runs in, its gradients too: "gemm" and "library" are ours, made to take that one."""
+    return use_convolution(provider) if provider in IMPLEMENTATIONS else contextlib.nullcontext()
+
+
 def bytes_of(case: Case) -> int:
     """What any implementation must move, from the shapes alone."""
     tensors = case.call.make(case.dtype)
@@ -107,7 +119,7 @@ def _outputs(call: Call, tensors: dict[str, Tensor]) -> int:
 
 
 def gate(case: Case, op: Op, device: str) -> str:
-    """"" if op's results in this mode are as near the truth as they must be; else what is wrong.
+    """ "" if op's results in this mode are as near the truth as they must be; else what is wrong.
 
     The truth is the definition in fp64 (fp32 where that would not fit) on the same rounded inputs. Allowed, in norm:
     twice the definition's own error in the dtype.
@@ -139,6 +151,33 @@ def gate(case: Case, op: Op, device: str) -> str:
 def _needs_one_dtype(call: Call) -> bool:
     """PyTorch's own convolutions refuse half-precision features with fp32 weights."""
     return call.op == "feature_match"
+
+
+LibraryCall = tuple[int, float]  # bytes of its tensors, FLOP
+
+
+class LibraryCalls(TorchDispatchMode):
+    """Notes the convolutions and products that PyTorch's libraries are called for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[LibraryCall] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            tensors = [t for t in tree_leaves((args, out)) if isinstance(t, Tensor)]
+            flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+            self.found.append((sum(t.nbytes for t in tensors), flops))
+        return out
+
+
+def flops_of(each: launch.Launch) -> float:
+    """FLOP of the products of one launch of the convolutions' GEMM; 0 for every other kernel."""
+    if each.kernel.__name__ != "conv_gemm":
+        return 0
+    x, y, taps = each.arguments[0], each.arguments[3], each.constants["K"] ** 2
+    return 2 * y.numel() * x.shape[1] * taps / (4 if each.constants["TRANSPOSED"] else 1)
 
 
 class Stopwatch:
@@ -190,7 +229,8 @@ def roofs(stopwatch: Callable[[Callable[[], Any]], dict[str, float]], dtypes: li
 
 
 def providers(stylegan3: Path | None) -> dict[str, Callable[[Call], Op | None]]:
-    """Ours, PyTorch's eager and compiled definitions and, where a checkout is named, NVIDIA's own CUDA ops."""
+    """Ours (a convolution by each implementation besides), PyTorch's eager and compiled definitions and, where a
+    checkout is named, NVIDIA's own CUDA ops."""
     compiled: dict[str, Op] = {}
 
     def of_compiled(call: Call) -> Op:
@@ -200,6 +240,7 @@ def providers(stylegan3: Path | None) -> dict[str, Callable[[Call], Op | None]]:
 
     found: dict[str, Callable[[Call], Op | None]] = {
         "hsrgan": lambda call: getattr(kernels, call.op),
+        **dict.fromkeys(IMPLEMENTATIONS, lambda call: getattr(kernels, call.op) if call.op in CONVOLUTIONS else None),
         "eager": lambda call: getattr(kernels, f"{call.op}_torch"),
         "compiled": of_compiled,
     }
@@ -220,7 +261,9 @@ def nvidia(checkout: Path) -> Callable[[Call], Op | None]:
     sys.path.insert(0, str(checkout))
     try:
         from torch_utils.ops import bias_act as theirs_act
+        from torch_utils.ops import conv2d_gradfix, conv2d_resample
         from torch_utils.ops import upfirdn2d as theirs_fir
+        from training.networks_stylegan2 import modulated_conv2d as theirs_modulated
     except Exception as error:
         raise UserError(f"--stylegan3 {checkout}: its ops do not import: {error}") from None
     finally:
@@ -237,8 +280,30 @@ def nvidia(checkout: Path) -> Callable[[Call], Op | None]:
             y = y * next_style.to(y.dtype)[:, :, None, None]
         return y if residual is None else y + residual
 
+    conv2d_gradfix.enabled = True  # as their training loop has it: without it there is no fast second derivative
+
+    def conv2d(x, weight, *, up=1, down=1, f=None):
+        return conv2d_resample.conv2d_resample(
+            x=x, w=weight.to(x.dtype), f=f, up=up, down=down, padding=weight.shape[-1] // 2, flip_weight=up == 1
+        )
+
+    def conv2d_bias_act(x, weight, bias=None, *, up=1, down=1, f=None, residual=None, **options):
+        return bias_act(conv2d(x, weight, up=up, down=down, f=f), bias, residual=residual, **options)
+
+    def modulated_conv2d(x, weight, style, *, up=1, f=None, demodulate=True, noise=None, strength=None, bias=None,
+                         **options):  # fmt: skip
+        noise = None if noise is None else noise * strength
+        x = theirs_modulated(
+            x=x, weight=weight, styles=style, noise=noise, up=up, padding=weight.shape[-1] // 2, resample_filter=f,
+            demodulate=demodulate, flip_weight=up == 1, fused_modconv=False,
+        )  # fmt: skip
+        return bias_act(x, bias, **options)
+
     ops: dict[str, Op] = {
         "bias_act": bias_act,
+        "conv2d": conv2d,
+        "conv2d_bias_act": conv2d_bias_act,
+        "modulated_conv2d": modulated_conv2d,
         "upfirdn2d": lambda x, f, **options: theirs_fir.upfirdn2d(x, f, **options),
         "upsample2d": lambda x, f, **options: theirs_fir.upsample2d(x, f, **options),
         "downsample2d": lambda x, f, **options: theirs_fir.downsample2d(x, f, **options),

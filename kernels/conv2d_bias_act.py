@@ -1,0 +1,120 @@
+"""A whole layer: convolution, resampling, and the pointwise tail.
+
+    y = bias_act(conv2d(x), bias)
+
+On the GEMM of `conv_gemm_triton` the tail is its epilogue, wherever it follows the convolution at once and y tells the
+side of the activation: not behind the FIR of up = 2, whose own pass carries the tail, and not with a residual, under
+which y's sign is lost (the convolution's output would have to be stored as well: the pointwise pass does no worse).
+"""
+
+from torch import Tensor
+
+from hsrgan.kernels.bias_act import DEFAULT_GAIN, SLOPE, bias_act, bias_act_torch, check_bias_act
+from hsrgan.kernels.conv2d import (
+    after,
+    before,
+    check_conv2d,
+    conv2d_torch,
+    convolution,
+    geometry_of,
+    transposed_padding,
+)
+from hsrgan.kernels.convolution import Convolution, Geometry, cast, tile_of
+from hsrgan.kernels.fir_chain import fir_bias_act
+
+
+def conv2d_bias_act_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    up: int = 1,
+    down: int = 1,
+    f: Tensor | None = None,
+    act: str = "lrelu",
+    gain: float | None = None,
+    clamp: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The definition of `conv2d_bias_act`."""
+    x = conv2d_torch(x, weight, up=up, down=down, f=f)
+    return bias_act_torch(x, bias, act=act, gain=gain, clamp=clamp, residual=residual)
+
+
+def conv2d_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    up: int = 1,
+    down: int = 1,
+    f: Tensor | None = None,
+    blurred: bool = False,
+    act: str = "lrelu",
+    gain: float | None = None,
+    clamp: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """bias_act(conv2d(x, weight, up, down, f, blurred), bias, act, gain, clamp, residual); dtype and format of x.
+
+    x [N, Cin, H, W]; weight [Cout, Cin, k, k]; bias [Cout]; residual of the output's shape; the others as for `conv2d`
+    and `bias_act`. Differentiable in every tensor but f, twice in Triton, any number of times in PyTorch.
+    """
+    check_conv2d(x, weight, up, down, f)
+    x = before(x, weight, down, f, blurred)
+    return layer(x, weight, None, bias, up=up, down=down, f=f, act=act, gain=gain, clamp=clamp, residual=residual)
+
+
+def finishes(x: Tensor, weight: Tensor) -> bool:
+    """Does the convolution of a layer that keeps its size write y, so that no pass of a tail is left to do more in?"""
+    return tile_of(x, len(weight), geometry_of(weight, 1, 1), fused=True) is not None
+
+
+def layer(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor | None,
+    bias: Tensor | None,
+    *,
+    up: int = 1,
+    down: int = 1,
+    f: Tensor | None,
+    demod: Tensor | None = None,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    act: str,
+    gain: float | None,
+    clamp: float | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """One layer of either network behind the FIR of down = 2, if any: of x·style, demodulated by demod."""
+    geometry = geometry_of(weight, up, down)
+    gain = DEFAULT_GAIN.get(act, 1.0) if gain is None else gain
+    tail = {"demod": demod, "noise": noise, "strength": strength}
+    fused = up == 1 and residual is None and act in SLOPE and gain > 0
+    if fused and tile_of(x, len(weight), geometry, fused=True) is not None:
+        return _fused(x, weight, style, bias, geometry, act, gain, clamp, **tail)
+    x = convolution(x, weight, geometry, style)
+    if up == 2 and weight.shape[-1] == 3 and residual is None:
+        return fir_bias_act(
+            x, f, bias, padding=transposed_padding(f), gain=4, act=act, act_gain=gain, clamp=clamp, **tail
+        )  # fmt: skip
+    x = after(x, weight, up, f)
+    return bias_act(x, bias, act=act, gain=gain, clamp=clamp, residual=residual, **tail)
+
+
+def _fused(
+    x: Tensor, weight: Tensor, style: Tensor | None, bias: Tensor | None, geometry: Geometry, act: str, gain: float,
+    clamp: float | None, demod: Tensor | None, noise: Tensor | None, strength: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`layer` in one pass over memory, forward."""
+    from hsrgan.kernels.bias_act_triton import Finished
+    from hsrgan.kernels.conv_gemm_triton import Tail
+    from hsrgan.kernels.pointwise_triton import chain_constants
+
+    result = x.new_empty(()).expand(len(x), len(weight), *geometry.size(x))
+    check_bias_act(result, bias, demod, noise, strength, act, None, clamp, None, None)
+    chain = chain_constants(act, SLOPE[act], gain, clamp, x.dtype)
+    tail = Tail(bias, demod, noise, strength, chain)
+    stand_in, y = Convolution.apply(x, weight, style, cast(weight, x), geometry, tail)
+    return Finished.apply(stand_in, y, bias, demod, noise, strength, chain)

@@ -1,0 +1,126 @@
+"""Which convolution runs on the library and which on the Triton implicit GEMM, and in what tiles: a static table.
+
+No device has been measured yet: MEASURED is empty, and a rule decides, from the arithmetic alone.
+
+    gemm      at most 64 channels in and out, resolution ≥ 512, half precision, a chip whose tiles are in TILES, and
+              something to fuse: there a layer is bound by memory, and prologue and epilogue spare passes over it
+    library   everything else: cuDNN and MIOpen reach more of the matrix units than Triton does
+
+Weight gradients have a kernel and a rule of their own, `conv_wgrad_triton.fits`.
+
+By the floors of all that is launched (H200's data sheet; `python tools/bench_kernels.py` without a GPU prints them),
+forward at 1024² and batch 8, GEMM against library: G's conv1 231 and 678 µs, conv0 399 and 511, fromRGB 122 and 346;
+D's conv0, conv1 and skip, with nothing to fuse, the same.
+
+A measurement is one line of MEASURED, for a shape and an architecture, and goes before the rule.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from hsrgan.kernels import launch
+
+IMPLEMENTATIONS = ("gemm", "library")
+CHANNELS, RESOLUTION = 64, 512  # of the rule
+
+
+class Tile(NamedTuple):
+    """What one program of the GEMM works on, and with."""
+
+    pixels: int
+    outputs: int  # channels
+    inputs: int  # channels a step
+    warps: int
+    stages: int
+
+
+class Shape(NamedTuple):
+    """A class of convolutions. form: "1x1", "3x3", "3x3 down" (stride 2), "3x3 up" (transposed, stride 2)."""
+
+    form: str
+    inputs: int  # channels
+    outputs: int
+    resolution: int  # the largest power of two in the height of the larger side
+    fused: bool  # a style, a pointwise tail or a style's gradient beside it
+
+    @classmethod
+    def of(cls, k: int, stride: int, transposed: bool, inputs: int, outputs: int, height: int, fused: bool) -> "Shape":
+        form = f"{k}x{k}" + ("" if stride == 1 else " up" if transposed else " down")
+        return cls(form, inputs, outputs, 1 << max(0, height.bit_length() - 1), fused)
+
+
+# (shape, dtype, architecture) → a tile, or None for the library: what was measured to be the faster
+MEASURED: dict[tuple[Shape, torch.dtype, str], Tile | None] = {}
+
+# By kind of product and architecture: tiles by the output channels of a program. From builds, not from measurements:
+# what neither spills nor asks for more shared memory than the chip has (`python tests/conv_builds.py` prints them).
+TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("half", "sm_80"): (Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(128, 32, 32, 4, 4)),
+    ("half", "sm_90"): (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(128, 32, 32, 4, 4)),
+    ("half", "sm_100"): (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(128, 32, 32, 4, 4)),
+    ("half", "gfx942"): (Tile(128, 128, 32, 8, 2), Tile(128, 64, 32, 4, 2), Tile(128, 32, 32, 4, 2)),
+    ("tf32", ""): (Tile(64, 64, 32, 4, 2),),
+    ("ieee", ""): (Tile(64, 32, 16, 4, 2),),
+    ("fp64", ""): (Tile(32, 32, 16, 4, 2),),
+}
+
+_forced = os.environ.get("HSRGAN_CONV") or None
+
+
+@contextmanager
+def use_convolution(name: str) -> Iterator[None]:
+    """Inside the `with` block the triton backend convolves by "gemm" or by "library" alone, as HSRGAN_CONV says it."""
+    global _forced
+    launch.check(name in IMPLEMENTATIONS, f"unknown convolution {name!r}; there are: {', '.join(IMPLEMENTATIONS)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced() -> str | None:
+    """The one implementation that `use_convolution` or HSRGAN_CONV allows; None: the table decides."""
+    if _forced not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"unknown convolution {_forced!r}; HSRGAN_CONV takes one of: {', '.join(IMPLEMENTATIONS)}")
+    return _forced
+
+
+def choose(shape: Shape, dtype: torch.dtype, chip: str) -> Tile | None:
+    """The tile of the GEMM, or None for the library. chip: of `launch.chip`."""
+    only = forced()
+    if only == "library":
+        return None
+    if only is None:
+        if (shape, dtype, chip) in MEASURED:
+            return MEASURED[shape, dtype, chip]
+        few = max(shape.inputs, shape.outputs) <= CHANNELS and shape.resolution >= RESOLUTION
+        if not (few and shape.fused and dtype.itemsize == 2 and ("half", _architecture(chip)) in TILES):
+            return None
+    return default_tile(shape, dtype, chip)
+
+
+def default_tile(shape: Shape, dtype: torch.dtype, chip: str) -> Tile:
+    """The narrowest tile of TILES that holds all outputs, else the widest; on an unknown chip what fits every one."""
+    kind = kind_of(dtype)
+    tiles = TILES[kind, (_architecture(chip) or "gfx942") if kind == "half" else ""]
+    return next((tile for tile in reversed(tiles) if tile.outputs >= shape.outputs), tiles[0])
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """ "half", "tf32", "ieee" (fp32 without tensor cores) or "fp64"."""
+    if dtype.itemsize == 4:
+        return "tf32" if launch.tf32_allowed() else "ieee"
+    return "half" if dtype.itemsize == 2 else "fp64"
+
+
+def _architecture(chip: str) -> str:
+    """The architecture in TILES whose tiles a chip takes; "" where there is none."""
+    for prefix, name in {"sm_8": "sm_80", "sm_9": "sm_90", "sm_10": "sm_100", "gfx94": "gfx942"}.items():
+        if chip.startswith(prefix):
+            return name
+    return ""
