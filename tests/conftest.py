@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two processes on two cores slow each other down many times
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import quick_interpreter
 
