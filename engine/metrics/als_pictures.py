@@ -62,8 +62,8 @@ def extremes(scores: Tensor, count: int) -> tuple[list[int], list[int]]:
 
 
 def draw_strips(strips: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    """Save strips (a caption and its frames [T, C, R, R], uint8) to `path`, one below the other, at most LARGEST²."""
-    rows = [image_grid(_small(frames), cols=len(frames)).convert("RGB") for _, frames in strips]
+    """Save strips (a caption and its frames [T, C, R, R], uint8) to `path`, one below the other."""
+    rows = [image_grid(frames, cols=len(frames)).convert("RGB") for _, frames in strips]
     picture = Image.new("RGB", (rows[0].width, sum(row.height + CAPTION for row in rows)), "white")
     pen = ImageDraw.Draw(picture)
     y = 0
@@ -74,7 +74,8 @@ def draw_strips(strips: Sequence[tuple[str, Tensor]], path: Path) -> None:
     save_png(picture, path)
 
 
-def _small(frames: Tensor) -> Tensor:
+def small(frames: Tensor) -> Tensor:
+    """Frames [T, C, R, R] uint8, at most LARGEST pixels high."""
     side = frames.shape[-1]
     if side <= LARGEST:
         return frames
