@@ -197,7 +197,8 @@ def test_every_mistake_is_one_line(case, shards, tmp_path):
     result = run(made, *(part.replace("WEIGHTS", str(garbage)) for part in given))
     assert result.exit_code == 2 and not isinstance(result.exception, Exception), result.output
     errors = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
-    assert len(errors) == 1 and line.replace("SHARDS", str(shards)).replace("WEIGHTS", str(garbage)) in errors[0], result.stderr
+    line = line.replace("SHARDS", str(shards)).replace("WEIGHTS", str(garbage))
+    assert len(errors) == 1 and line in errors[0], result.stderr
     assert "Traceback" not in result.output and result.stdout == "" and not list(tmp_path.rglob("*.part"))
     assert not out.exists() or out.read_text() == ""
 
