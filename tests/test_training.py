@@ -255,7 +255,6 @@ def test_path_length_and_linearity_of_a_bf16_run_are_of_its_fp32_copy(workspace,
     """
     from metric_fixtures import StandInLPIPS, attributes_file
 
-    from hsrgan.engine import distributed
     from hsrgan.engine.errors import UserError
     from hsrgan.engine.metrics import generator_metrics
     from hsrgan.engine.snapshot import load_snapshot
@@ -270,7 +269,6 @@ def test_path_length_and_linearity_of_a_bf16_run_are_of_its_fp32_copy(workspace,
     with pytest.raises(UserError, match=r"import_weights\.py vgg16"):
         train_here(Path("recipe.yaml"), ["run_dir=broken", "metrics={names: ppl2_wend}"])
     assert not list((workspace / "broken").iterdir())
-    distributed.stop()
     monkeypatch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
     file = attributes_file(workspace / "attributes.safetensors")
     metrics = f"metrics={{names: 'ppl2_wend20,als20', attributes: {file}}}"
