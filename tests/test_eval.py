@@ -157,6 +157,10 @@ def test_als_of_two_models(snapshot, attributes, tmp_path, monkeypatch):
     for title in ("pairs, each model's own σ", "edits, one σ for all models"):
         assert title in result.stdout
 
+    labelled = run(snapshot, "--metrics", "als20", "--attributes", attributes)
+    assert labelled.exit_code == 2 and labelled.stderr.count("\n") == 1
+    assert "a.safetensors draws from 10 classes and no --data is given" in labelled.stderr
+
 
 # case: (changes of the snapshot, or None for one that is not ours; arguments; what the line says)
 MISTAKES = {

@@ -292,7 +292,8 @@ def test_progress_counts_every_image(shards):
 
     scorer(shards, progress=note).score(generator())
     names = "fid300_full, fid100, kid300_full, is300, pr1k3_full"
-    assert list(seen) == [f"reals for {names.replace('is300, ', '')}", f"fakes for {names}", "pr1k3_full: neighbours"]
+    assert list(seen) == [f"reals for {names.replace('is300, ', '')}", f"fakes for {names}", "kid300_full: subsets",
+                          "pr1k3_full: neighbours"]  # fmt: skip
     for steps in seen.values():
         assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
     assert seen[f"fakes for {names}"][:2] == [(0, 300), (16, 300)]

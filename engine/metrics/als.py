@@ -32,6 +32,7 @@ from hsrgan.engine.metrics.sequences import FRAMES, attribute_edits, random_pair
 
 STRENGTH = 2.0  # standard deviations of w: the edit ends where w still is at home
 STRIPS = 3  # of each end, in the picture
+SIGMAS = {"own": "each model's own σ", "shared": "one σ for all models"}
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,13 @@ def als_tables(report: dict) -> list[Table]:
         return f"{entry['als']:.3f} [{low:.3f}, {high:.3f}]"
 
     tables = []
-    sigmas = {"own": "each model's own σ", "shared": "one σ for all models"}
-    for kind, sigma in itertools.product(("pairs", "edits"), sigmas):
+    for kind, sigma in itertools.product(("pairs", "edits"), SIGMAS):
         columns = {label: kinds[kind][sigma] for label, kinds in report["models"].items() if sigma in kinds[kind]}
         if columns:
             first = next(iter(columns.values()))
-            title = f"ALS of {first['sequences']} {kind}, {sigmas[sigma]} (0 = linear; 95 % interval)"
-            table = Table("attribute", title=title, title_justify="left")
+            title = f"ALS of {first['sequences']} {kind}, {SIGMAS[sigma]}"
+            caption = "0 = linear; [95 % interval]"
+            table = Table("attribute", title=title, title_justify="left", caption=caption, caption_justify="left")
             for label in columns:
                 table.add_column(label, justify="right")
             for name in first["attributes"]:
@@ -168,7 +169,9 @@ def write_als(folder: Path, report: dict, measured: Mapping[str, Measured]) -> l
     for kind in ("pairs", "edits"):
         files.append(folder / f"als_{kind}.png")
         curves = {label: kinds[kind].get("shared", kinds[kind]["own"]) for label, kinds in report["models"].items()}
-        draw_linearity(curves, files[-1])
+        count, sigma = next(iter(curves.values()))["sequences"], "shared" if len(curves) > 1 else "own"
+        title = f"how far the logit is from its chord, mean of {count} {kind}; {SIGMAS[sigma]}"
+        draw_linearity(curves, title, files[-1])
     for number, one in enumerate(measured.values()):
         files.append(folder / f"als_strips_{number}.png")
         draw_strips(one.strips, files[-1])

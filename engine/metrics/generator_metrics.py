@@ -161,10 +161,7 @@ class Linearity(OfAttributes):
         own = {kind: kinds[kind]["own"] for kind in ("pairs", "edits")}
         details = {"sequences": count, "direction_accuracy": kinds["direction_accuracy"]}
         for kind, scores in own.items():
-            attributes = {
-                attribute: {key: value for key, value in entry.items() if key != "curve"}
-                for attribute, entry in scores["attributes"].items()
-            }
+            attributes = {attribute: entry["als"] for attribute, entry in scores["attributes"].items()}
             details[kind] = {"interval": scores["interval"], "attributes": attributes}
         protocol = self.protocol | {
             "noise": "random, the same within a sequence",

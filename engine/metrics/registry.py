@@ -190,7 +190,9 @@ class Scorer:
                 distances = [self._distance(reals, fake.gaussians[n]) for n in numbers]
             values = [fid_infinity(numbers, distances) if metric.kind == "fid_infinity" else distances[0]]
         elif metric.kind == "kid":
-            values = kid(*self._kept(metric, real, fake), seed=self.seed)
+            label = f"{metric.name}: subsets"
+            sides = self._kept(metric, real, fake)
+            values = kid(*sides, seed=self.seed, progress=lambda done, of: self.progress(label, done, of))
         elif metric.kind == "pr":
             label = f"{metric.name}: neighbours"
             sides = self._kept(metric, real, fake)
