@@ -121,7 +121,6 @@ class Scorer:
                     f"{name} makes {size[0]}x{size[1]} images of {channels} channel(s) and {manifest.root} holds "
                     f"{height}x{width} of {manifest.channels}: give the shards that it was trained on"
                 )
-
         for metric in self.metrics:
             if metric.name in self.of_generator:
                 self.of_generator[metric.name].check(metric, generator, name)
