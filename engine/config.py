@@ -138,6 +138,7 @@ class Metrics(Section):
 
     names: Text = Field(description="published names, as fid50k_full,pr50k3_full")
     features: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # timm:MODEL:FILE or a teacher; null = own
+    attributes: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # for ls and als: tools/fit_attributes.py
 
 
 class Recipe(Section):
@@ -317,10 +318,14 @@ def _hsr_inconsistencies(hsr: Hsr, resolution: int, kimg: float) -> Iterator[tup
 
 def _metrics_inconsistencies(metrics: Metrics) -> Iterator[tuple[KeyPath, str]]:
     try:
-        first = parse_metrics(metrics.names)[0]
+        first, *others = parse_metrics(metrics.names)
     except UserError as error:
         yield ("metrics", "names"), f"metrics.names: {error}"
         return
+    for metric in (first, *others):
+        if metric.kind in ("ls", "als") and metrics.attributes is None:
+            text = f"metrics.names has {metric.name}, allowed: with metrics.attributes from tools/fit_attributes.py"
+            yield ("metrics", "names"), text
     if first.kind == "pr":
         text = f"metrics.names begins with {first.name}, allowed: a metric of one value, since it chooses the best"
         yield ("metrics", "names"), text
@@ -332,6 +337,8 @@ def check_paths(recipe: Recipe) -> None:
     if recipe.hsr:
         paths["hsr.weights"] = recipe.hsr.weights
         paths["hsr.teacher"] = recipe.hsr.teacher if recipe.hsr.teacher.endswith(".safetensors") else None
+    if recipe.metrics:
+        paths["metrics.attributes"] = recipe.metrics.attributes
     for key, path in paths.items():
         if path and not Path(path).exists():
             raise UserError(f"{key}: {path} does not exist (looked for from {Path.cwd()})")

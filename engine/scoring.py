@@ -37,7 +37,7 @@ class Scoring:
             extractors = {spec: load_extractor(spec).to(world.device) for spec in specs}
         self.scorer = Scorer(
             metrics, extractors, out.manifest, world, features=self.features, seed=recipe.seed,
-            workers=recipe.data.workers, cache=RealCache(world),
+            workers=recipe.data.workers, cache=RealCache(world), extras={"attributes": recipe.metrics.attributes},
         )  # fmt: skip
         self.scorer.check(out.g_ema, "the recipe's generator")
         self.higher = metrics[0].higher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsrgan.engine.metrics.attributes import AttributeClassifier, save_attributes
 from hsrgan.engine.metrics.inception import InceptionV3
 from hsrgan.engine.metrics.weights import import_weights
+from hsrgan.engine.teacher import create_timm
 
 
 @torch.no_grad()
@@ -46,6 +49,26 @@ def imported(name: str, file: Path) -> Path:
     cache = file.parent / "cache"
     import_weights(name, file, cache=cache, own=True)
     return cache
+
+
+class StandInLPIPS(nn.Module):
+    """In place of the published distance: the mean square."""
+
+    protocol = {"network": "stand-in", "weights_sha256": "none", "dtype": "float32"}  # noqa: RUF012 (as the real one)
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        assert a.dtype == b.dtype == torch.float32
+        return (a - b).square().mean((1, 2, 3))
+
+
+def attributes_file(path: Path, accuracy: Sequence[float | None] = (None, None)) -> Path:
+    """A small classifier of random weights, of the attributes a0, a1, … with these held-out accuracies, at `path`."""
+    kwargs = {"num_classes": len(accuracy), "layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
+    net, half = kaiming(create_timm("resnet10t", **kwargs)), (0.5, 0.5, 0.5)
+    names = [f"a{i}" for i in range(len(accuracy))]
+    judge = AttributeClassifier(net, names, input_size=(16, 16), mean=half, std=half, balanced_accuracy=accuracy)
+    save_attributes(path, judge, model="resnet10t", kwargs=kwargs, source="random")
+    return path
 
 
 def photographs() -> list[Tensor]:

@@ -9,13 +9,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from hsrgan.engine.distributed import World
+from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.metrics import als, positions, sequences
+from hsrgan.engine.metrics import als, sequences
 from hsrgan.engine.metrics import attribute_linearity as linearity
-from hsrgan.engine.metrics.als_pictures import CAPTION, draw_strips, extremes
+from hsrgan.engine.metrics.als_pictures import CAPTION, draw_strips, extremes, small
 from hsrgan.engine.metrics.attributes import AttributeClassifier
+from hsrgan.engine.metrics.sampling import quantised
 from hsrgan.engine.model import Generator
 
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 TINY = {"z_dim": 8, "w_dim": 8, "img_resolution": 16, "mapping_layers": 2, "channel_base": 64, "channel_max": 8}
 T = torch.linspace(0, 1, 11, dtype=torch.float64)
 
@@ -151,63 +155,63 @@ def generator(seed=0, **kwargs) -> Generator:
     return result
 
 
-def test_pairs_do_not_depend_on_batch_or_ranks_and_start_from_the_same_z_for_every_model():
+def ranks(count: int) -> list[World]:
+    return [World(rank, count, rank, count, ALONE.device) for rank in range(count)]
+
+
+def test_pairs_do_not_depend_on_ranks_and_start_from_the_same_z_for_every_model():
     model, judge = generator(), classifier()
-    drawn = {"count": 7, "seed": 4}
     told = []
-    whole = sequences.random_pairs(model, judge, batch=44, progress=told.append, **drawn)
-    assert whole.shape == (7, 11, 2) and whole.dtype == torch.float64 and told == [44, 33]
+    whole = sequences.random_pairs(model, judge, count=19, seed=4, world=ALONE, told=told.append)
+    assert whole.shape == (19, 11, 2) and told == [16 * 11, 3 * 11]
+    parts = [sequences.random_pairs(model, judge, count=19, seed=4, world=world) for world in ranks(2)]
+    assert torch.equal(sum(parts), whole) and all(part.any() for part in parts)
+    assert torch.equal(sequences.random_pairs(model, judge, count=2, seed=4, world=ALONE), whole[:2])
+    assert not torch.allclose(sequences.random_pairs(model, judge, count=19, seed=5, world=ALONE), whole)
+
     # one grey level of one pixel is 1/255 · 2/384 here, times 50 in `top`
     close = {"rtol": 0, "atol": 3e-3}
-    torch.testing.assert_close(sequences.random_pairs(model, judge, batch=1, **drawn), whole, **close)
-    parts = [sequences.random_pairs(model, judge, batch=22, rank=r, world_size=3, **drawn) for r in range(3)]
-    torch.testing.assert_close(positions.merged(parts), whole, **close)
-    torch.testing.assert_close(judge(sequences.strip(model, 5, seed=4).float() / 127.5 - 1).double(), whole[5], **close)
-    assert not torch.allclose(sequences.random_pairs(model, judge, batch=44, count=7, seed=5), whole)
+    frames = sequences.strip(model, 5, seed=4, device=ALONE.device).float() / 127.5 - 1
+    torch.testing.assert_close(judge(frames), whole[5], **close)
 
     # by hand: both ends from the draws, a straight line in W between them, one noise for all frames
-    draws = positions.draws_for(model, 4, ())
+    draws = Draws(4, ALONE.device)
     latents = draws.latents(sequences._PAIRS, [2], 8)
     ws = torch.cat([model.mapping(latents.z, None) * (1 - t) + model.mapping(latents.z_mix, None) * t
                     for t in T.float()])  # fmt: skip
     noise = draws.noise(sequences._PAIRS, [2], model.synthesis.noise_size).expand(11, -1)
-    by_hand = judge(sequences.quantised(model.synthesis(ws, noise=noise)))
-    torch.testing.assert_close(by_hand.double(), whole[2], **close)
+    by_hand = judge(quantised(model.synthesis(ws, noise=noise)).float() / 127.5 - 1)
+    torch.testing.assert_close(by_hand, whole[2], **close)
 
 
 def test_edits_are_straight_lines_in_w_from_common_starts():
     model, judge = generator(), classifier()
     shifts = torch.stack([torch.zeros(8), torch.linspace(-1, 1, 8)])
-    whole = sequences.attribute_edits(model, judge, shifts, count=5, seed=1, batch=33)
-    assert whole.shape == (5, 2, 11, 2)
+    whole = sequences.attribute_edits(model, judge, shifts, count=18, seed=1, world=ALONE)
+    assert whole.shape == (18, 2, 11, 2)
     close = {"rtol": 0, "atol": 3e-3}
     torch.testing.assert_close(whole[:, 0], whole[:, 0, :1].expand(-1, 11, -1), **close)  # a shift of 0 stands still
     torch.testing.assert_close(whole[:, 1, 0], whole[:, 0, 0], **close)
     assert (whole[:, 1, 10] - whole[:, 1, 0]).abs().min() > 0
-    parts = [sequences.attribute_edits(model, judge, shifts, count=5, seed=1, batch=50, rank=r, world_size=2)
-             for r in range(2)]  # fmt: skip
-    torch.testing.assert_close(positions.merged(parts), whole, **close)
-    frames = sequences.strip(model, 3, shifts[1], seed=1).float() / 127.5 - 1
-    torch.testing.assert_close(judge(frames).double(), whole[3, 1], **close)
+    parts = [sequences.attribute_edits(model, judge, shifts, count=18, seed=1, world=world) for world in ranks(2)]
+    assert torch.equal(sum(parts), whole) and all(part.any() for part in parts)
+    frames = sequences.strip(model, 3, shifts[1], seed=1, device=ALONE.device).float() / 127.5 - 1
+    torch.testing.assert_close(judge(frames), whole[3, 1], **close)
 
 
-def test_samples_do_not_depend_on_batch_or_ranks():
+def test_samples_do_not_depend_on_ranks():
     model, judge = generator(c_dim=2), classifier()
-    drawn = {"count": 9, "seed": 0, "class_counts": [3, 1]}
-    whole = sequences.random_samples(model, judge, batch=9, **drawn)
-    parts = [sequences.random_samples(model, judge, batch=2, rank=r, world_size=2, **drawn) for r in range(2)]
-    for field in ("z", "w", "logits"):
-        merged = positions.merged([getattr(part, field) for part in parts])
-        torch.testing.assert_close(merged, getattr(whole, field), rtol=0, atol=3e-3)
-    empty = sequences.random_samples(model, judge, batch=2, rank=3, world_size=4, **{**drawn, "count": 2})
-    assert (len(empty.z), empty.w.shape, empty.logits.shape) == (0, (0, 8), (0, 2))
-    with pytest.raises(UserError, match="has 2 classes, the data set 0"):
-        sequences.random_samples(model, judge, count=1, seed=0, batch=1)
+    drawn = {"seed": 0, "class_counts": [3, 1]}
+    whole = sequences.random_samples(model, judge, count=40, world=ALONE, **drawn)
+    assert whole.w.shape == (40, 8) and whole.logits.shape == (40, 2)
+    parts = [sequences.random_samples(model, judge, count=40, world=world, **drawn) for world in ranks(4)]
+    for field in ("w", "logits"):
+        assert torch.equal(sum(getattr(part, field) for part in parts), getattr(whole, field))
+    assert not parts[3].logits.any() and parts[2].logits.any()  # the fourth of three units
 
 
 def test_what_is_classified_has_eight_bits():
-    x = sequences.quantised(torch.tensor([-3.0, -0.999, 0.1234, 1.2]))
-    torch.testing.assert_close(x, torch.tensor([0.0, 0, 143, 255]) / 127.5 - 1)  # ⌊127.5·x + 128⌋, clamped
+    assert quantised(torch.tensor([-3.0, -0.999, 0.1234, 1.2])).tolist() == [0, 0, 143, 255]  # ⌊127.5·x + 128⌋
 
     class Recording(Bright):
         def forward(self, x):
@@ -217,7 +221,7 @@ def test_what_is_classified_has_eight_bits():
 
     judge = classifier()
     judge.net = Recording()
-    drawn = {"count": 1, "seed": 0, "batch": 11}
+    drawn = {"count": 1, "seed": 0, "world": ALONE}
     sequences.random_pairs(generator(), judge, **drawn)
     sequences.attribute_edits(generator(), judge, torch.ones(1, 8), **drawn)
     sequences.random_samples(generator(), judge, **drawn)
@@ -227,21 +231,21 @@ def test_images_that_are_not_finite_are_one_line():
     model = generator()
     model.synthesis.b16.torgb.bias.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
-        sequences.random_pairs(model, classifier(), count=1, seed=0, batch=11)
+        sequences.random_pairs(model, classifier(), count=1, seed=0, world=ALONE)
 
 
 @pytest.fixture(scope="module")
 def measured():
     models = {"a": generator(0), "b": generator(1)}
     told = []
-    found = {label: als.measure(model, classifier(), snapshot=label, count=4, samples=500, seed=2, batch=64,
-                                progress=told.append) for label, model in models.items()}  # fmt: skip
-    assert sum(told) == 2 * als.images_of(count=4, samples=500, attributes=2)
+    found = {label: als.measure(model, classifier(), label=label, count=4, seed=2, world=ALONE, told=told.append)
+             for label, model in models.items()}  # fmt: skip
+    assert sum(told) == 2 * als.images_of(count=4, attributes=2) == 2 * (500 + 4 * 11 * 3)
     return models, found
 
 
 def test_two_models_from_end_to_end(measured, tmp_path):
-    models, found = measured
+    _, found = measured
     report = als.als_report(found)
     assert report["models"].keys() == {"a", "b"}
     kinds = report["models"]["b"]
@@ -255,37 +259,41 @@ def test_two_models_from_end_to_end(measured, tmp_path):
     along = linearity.attribute_linearity_score(found["b"].edits[:, 1], linearity.spread(found["b"].edits))
     assert kinds["edits"]["own"]["attributes"]["top"]["along"]["als"] == pytest.approx(along[1].item())
 
-    files = als.write_als(tmp_path, report, found, models)
+    files = als.write_als(tmp_path, report, found)
     assert [file.name for file in files] == ["als.json", "als_pairs.png", "als_edits.png", "als_strips_0.png",
                                              "als_strips_1.png"]  # fmt: skip
     assert json.loads((tmp_path / "als.json").read_text()) == report
     with Image.open(tmp_path / "als_strips_1.png") as picture:
         assert picture.size == (11 * 64, 6 * (64 + CAPTION))
     assert all(Image.open(file).size[0] > 300 for file in files[1:])
-    table = als.als_table(report)
-    assert table.row_count == 3 and len(table.columns) == 1 + 2 * 4
+    tables = als.als_tables(report)
+    assert [(table.row_count, [column.header for column in table.columns]) for table in tables] == 4 * [
+        (3, ["attribute", "a", "b"])
+    ]
+    low, high = kinds["edits"]["shared"]["interval"]
+    assert f"{kinds['edits']['shared']['als']:.3f} [{low:.3f}, {high:.3f}]" == list(tables[3].columns[2].cells)[-1]
 
 
 def test_the_strips_are_the_straightest_and_the_most_bent(measured):
-    models, found = measured
-    strips = als._strips("a", models["a"], found["a"])
+    _, found = measured
+    strips = found["a"].strips
     bends = linearity.nonlinearity(found["a"].edits).mean(-1)
-    assert f"straightest, {found['a'].directions.names[bends.argmin() % 2]} +2 std" in strips[0][0]
+    assert strips[0][0].startswith(f"a, straightest: {found['a'].directions.names[bends.argmin() % 2]} +2 std")
     assert f"bend {bends.min():.3g}" in strips[0][0]
-    assert f"most bent, {found['a'].directions.names[bends.argmax() % 2]} +2 std" in strips[3][0]
+    assert f"most bent: {found['a'].directions.names[bends.argmax() % 2]} +2 std" in strips[3][0]
     position, e = divmod(bends.argmax().item(), 2)
-    expected = classifier()(strips[3][1].float() / 127.5 - 1).double()
+    expected = classifier()(strips[3][1].float() / 127.5 - 1)
     torch.testing.assert_close(expected, found["a"].edits[position, e], rtol=0, atol=3e-3)
     assert extremes(torch.tensor([3.0, 1.0, 2.0, 0.0]), 5) == ([3, 1], [0, 2])
 
 
 def test_strips_of_large_frames_are_made_smaller(tmp_path):
-    draw_strips([("one", torch.zeros(2, 3, 512, 512, dtype=torch.uint8))], tmp_path / "s.png")
+    draw_strips([("one", small(torch.zeros(2, 3, 512, 512, dtype=torch.uint8)))], tmp_path / "s.png")
     assert Image.open(tmp_path / "s.png").size == (512, 256 + CAPTION)
 
 
 def test_models_that_were_not_measured_alike_are_not_compared(measured):
     _, found = measured
-    other = als.measure(generator(1), classifier(), snapshot="b", count=2, samples=500, seed=3, batch=64)
+    other = als.measure(generator(1), classifier(), label="b", count=2, seed=3, world=ALONE)
     with pytest.raises(UserError, match="b was measured with other attributes or another seed"):
         als.als_report({"a": found["a"], "b": other})

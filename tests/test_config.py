@@ -379,7 +379,13 @@ MISTAKES = {
         (), ["metrics={names: fid50kk}"], 1,
         "override metrics={names: fid50kk}: metrics.names: unknown metric 'fid50kk': did you mean fid50k? Known: "
         "fid50k_full, fid50k, kid50k_full, pr50k3_full, is50k, fd_dinov2_50k_full, fid_infinity, ppl2_wend, "
-        "ppl_wfull, ppl_zfull, ppl_wend, ppl_zend, ls, als; any number of images as in fid10k_full or fid1000_full",
+        "ppl_wfull, ppl_zfull, ppl_wend, ppl_zend, ls, als; any number of images as in fid10k_full, "
+        "fid1000_full or ppl2_wend10k",
+    ),
+    "attributes without a classifier": (
+        (), ["metrics.names=fid50k_full,als"], 1,
+        "override metrics.names=fid50k_full,als: metrics.names has als, allowed: with metrics.attributes from "
+        "tools/fit_attributes.py",
     ),
     "a best by two values": (
         (), ["metrics.names=pr50k3_full,fid50k_full"], 1,

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
+from hsrgan.engine.distributed import World
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.attributes import AttributeClassifier, save_attributes
 from hsrgan.engine.metrics.directions import (
@@ -30,6 +31,7 @@ from hsrgan.engine.tensor_files import sha256_of
 from hsrgan.tools import fit_directions as fit_tool
 from hsrgan.tools import sample
 
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 TINY = {"z_dim": 8, "w_dim": 8, "img_resolution": 16, "mapping_layers": 2, "channel_base": 64, "channel_max": 8}
 
 
@@ -224,12 +226,15 @@ def test_separability_of_what_is_separable_and_what_is_not():
     w = noise.standard_normal((4000, 6))
     told = []
     apart = np.stack([w[:, 0] - w[:, 1], -5 * w[:, 3]], 1)
-    result = linear_separability(w, apart, ["a", "b"], progress=told.append)
+    result = linear_separability(w, apart, ["a", "b"], ALONE, told=told.append)
     assert result["ls"] == pytest.approx(1, abs=1e-3) and (result["samples"], result["kept"]) == (4000, 2000)
     assert told == [1, 1]
+    halves = [linear_separability(w, apart, ["a", "b"], World(rank, 2, rank, 2, ALONE.device)) for rank in range(2)]
+    for name, (of_rank, of_other) in {"a": halves, "b": halves[::-1]}.items():
+        assert of_rank["entropies"][name] == result["entropies"][name] and of_other["entropies"][name] == 0
     ring = (np.square(w).sum(1) - 5.35)[:, None]  # no plane tells inside from outside
-    assert linear_separability(w, ring, ["ring"])["ls"] == pytest.approx(2, abs=0.05)
-    both = linear_separability(w, np.concatenate([apart, ring, ring], 1), ["a", "b", "c", "d"])
+    assert linear_separability(w, ring, ["ring"], ALONE)["ls"] == pytest.approx(2, abs=0.05)
+    both = linear_separability(w, np.concatenate([apart, ring, ring], 1), ["a", "b", "c", "d"], ALONE)
     assert both["ls"] == pytest.approx(4, abs=0.2) and both["entropies"]["a"] < 1e-3 < both["entropies"]["c"]
     assert both["ls"] == pytest.approx(math.exp(sum(both["entropies"].values())))
 
@@ -238,8 +243,8 @@ def test_the_least_sure_half_is_dropped():
     noise = np.random.default_rng(0)
     w = noise.standard_normal((2000, 4))
     logits = np.where(np.abs(w[:, 0]) > np.median(np.abs(w[:, 0])), 10 * w[:, 0], noise.standard_normal(2000) * 1e-3)
-    assert linear_separability(w, logits[:, None], ["a"])["ls"] == pytest.approx(1, abs=1e-3)
-    assert linear_separability(w, logits[:, None], ["a"], keep=1.0)["ls"] > 1.3
+    assert linear_separability(w, logits[:, None], ["a"], ALONE)["ls"] == pytest.approx(1, abs=1e-3)
+    assert linear_separability(w, logits[:, None], ["a"], ALONE, keep=1.0)["ls"] > 1.3
     assert separation_entropy(w, np.ones(2000, bool)) == separation_entropy(w, np.zeros(2000, bool)) == 0
 
 

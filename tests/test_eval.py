@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from metric_fixtures import StandInLPIPS, attributes_file
 from PIL import Image
 from safetensors.torch import save_file
 from test_training import _free_port
 from typer.testing import CliRunner
 
 from hsrgan.engine.digits import ensure_digits
+from hsrgan.engine.metrics import generator_metrics
 from hsrgan.engine.model import Generator
 from hsrgan.engine.snapshot import save_snapshot
 from hsrgan.tools import eval as eval_tool
@@ -25,7 +27,7 @@ from hsrgan.tools import eval as eval_tool
 ROOT = Path(__file__).parents[1]
 EVAL = ROOT / "tools" / "eval.py"
 TEACHER = ROOT / "recipes" / "digits_teacher.safetensors"
-METRICS = "fid300_full,kid300_full,pr1k3_full"
+METRICS = "fid300_full,kid300_full,pr1k3_full,als20"
 TINY = {"z_dim": 8, "w_dim": 8, "img_resolution": 16, "mapping_layers": 2, "channel_base": 128, "channel_max": 8}
 
 
@@ -64,31 +66,43 @@ def lines(result) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def alone(shards, snapshot, tmp_path_factory) -> list[dict]:
+def attributes(tmp_path_factory) -> Path:
+    return attributes_file(tmp_path_factory.mktemp("attributes") / "attributes.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(shards, snapshot, attributes, tmp_path_factory) -> list[dict]:
     """METRICS of `snapshot` on one process."""
-    os.environ["HSRGAN_CACHE"] = str(tmp_path_factory.mktemp("alone"))
+    folder = tmp_path_factory.mktemp("alone")
+    os.environ["HSRGAN_CACHE"] = str(folder)
     torch.set_num_threads(1)
-    return lines(run(snapshot, "--data", shards, "--metrics", METRICS, "--features", TEACHER))
+    options = ("--data", shards, "--features", TEACHER, "--attributes", attributes, "--out", folder / "alone.jsonl")
+    return lines(run(snapshot, "--metrics", METRICS, *options))
 
 
 def test_a_result_says_what_it_is_of(alone, shards, snapshot):
     assert [result["metric"] for result in alone] == METRICS.split(",")
-    for result in alone:
+    *compared, of_generator = alone
+    for result in compared:
         assert result["reals"] == 1797 and result["fakes"] == {"f": 300, "k": 300, "p": 1000}[result["metric"][0]]
         assert result["value"] == next(iter(result["values"].values())) and result["seconds"] > 0
         protocol = result["protocol"]
         assert protocol["network"] == "teacher" and len(protocol["weights_sha256"]) == 64
         assert (protocol["psi"], protocol["noise"], protocol["dtype"]) == ("1", "random", "float32")
+        assert result["dataset_sha256"] == alone[0]["dataset_sha256"] and len(result["dataset_sha256"]) == 64
+    assert of_generator["reals"] == 0 and of_generator["fakes"] == 500 + 20 * 11 * 3
+    for result in alone:
         assert (result["seed"], result["kimg"], result["snapshot"]) == (0, 12.5, str(snapshot))
-        assert len(result["snapshot_sha256"]) == len(result["dataset_sha256"]) == 64
+        assert len(result["snapshot_sha256"]) == len(result["protocol"]["weights_sha256"]) == 64
     assert alone[0]["protocol"]["covariance"] == "n-1" and "covariance" not in alone[1]["protocol"]
     assert set(alone[2]["values"]) == {"pr1k3_full_precision", "pr1k3_full_recall"}
 
 
-def test_deepspeed_gives_the_same_on_two_ranks(alone, shards, snapshot, tmp_path):
+def test_deepspeed_gives_the_same_on_two_ranks(alone, shards, snapshot, attributes, tmp_path):
     out = tmp_path / "two.jsonl"
     launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port()), str(EVAL)]
-    options = ["--data", str(shards), "--metrics", METRICS, "--features", str(TEACHER), "--batch", "48"]
+    options = ["--data", str(shards), "--metrics", METRICS, "--features", str(TEACHER), "--batch", "48",
+               "--attributes", str(attributes)]  # fmt: skip
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                    "OMP_NUM_THREADS": "1"}  # fmt: skip
     done = subprocess.run([*launch, str(snapshot), *options, "--out", str(out)], env=environment, cwd=tmp_path,
@@ -98,6 +112,7 @@ def test_deepspeed_gives_the_same_on_two_ranks(alone, shards, snapshot, tmp_path
     for one, two in zip(alone, found, strict=True):
         assert two["values"] == pytest.approx(one["values"], abs=1e-9)
         assert two["protocol"] == one["protocol"] and two["snapshot_sha256"] == one["snapshot_sha256"]
+    assert found[-1] | {"seconds": 0} == alone[-1] | {"seconds": 0} and (tmp_path / "two_als20" / "als.json").is_file()
 
 
 def test_compare_seed_and_covariance(shards, snapshot, tmp_path):
@@ -119,10 +134,38 @@ def test_compare_seed_and_covariance(shards, snapshot, tmp_path):
     assert over_n["protocol"]["covariance"] == "n" and len(out.read_text().splitlines()) == 6  # appended
 
 
+def test_als_of_two_models(snapshot, attributes, tmp_path, monkeypatch):
+    """The issue's line, of unconditional models: results of each, tables of both, and a folder beside --out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
+    a, b = (write_snapshot(tmp_path / f"{name}.safetensors", seed, c_dim=0) for seed, name in enumerate("ab"))
+    result = run(a, b, "--metrics", "als20,ppl2_wend20", "--attributes", attributes, "--compare")
+    results = lines(result)
+    assert [(r["metric"], Path(r["snapshot"]).stem) for r in results] == [
+        ("als20", "a"), ("ppl2_wend20", "a"), ("als20", "b"), ("ppl2_wend20", "b")
+    ]  # fmt: skip
+    report = json.loads((tmp_path / "als20" / "als.json").read_text())
+    assert list(report["models"]) == ["a", "b"]
+    for r in results[::2]:
+        kinds = report["models"][Path(r["snapshot"]).stem]
+        assert r["values"] == {f"als20_{kind}": kinds[kind]["own"]["als"] for kind in ("pairs", "edits")}
+        assert r["details"]["pairs"]["interval"] == kinds["pairs"]["own"]["interval"]
+        assert f"{kinds['edits']['shared']['als']:.3f} [" in result.stdout
+    files = ["compare.png", *(f"als20/als{name}" for name in (".json", "_pairs.png", "_edits.png", "_strips_0.png",
+                                                              "_strips_1.png"))]  # fmt: skip
+    assert result.stdout.splitlines()[-6:] == files and all((tmp_path / file).is_file() for file in files)
+    for title in ("pairs, each model's own σ", "edits, one σ for all models"):
+        assert title in result.stdout
+
+    labelled = run(snapshot, "--metrics", "als20", "--attributes", attributes)
+    assert labelled.exit_code == 2 and labelled.stderr.count("\n") == 1
+    assert "a.safetensors draws from 10 classes and no --data is given" in labelled.stderr
+
+
 # case: (changes of the snapshot, or None for one that is not ours; arguments; what the line says)
 MISTAKES = {
     "not ours": (None, [], "made.safetensors: its format is not stated, not hsrgan-snapshot-1"),
-    "nan images": ({"poison": torch.nan}, [], "the generator makes images that are not finite (seed 0, position 0"),
+    "nan images": ({"poison": torch.nan}, [], "the model makes images that are not finite: its training has"),
     "few reals": ({}, ["--metrics", "fid50k"], "fid50k compares with 50,000 real images and"),
     "other labels": ({"c_dim": 7}, [], "made.safetensors draws from 7 classes and SHARDS has 10: labels are drawn as"),
     "no data": ({}, ["--data", None], "fid50_full compares with real images: name their shards with --data"),
@@ -134,6 +177,11 @@ MISTAKES = {
     "resolution": ({"img_resolution": 32}, [], "makes 32x32 images of 1 channel(s) and SHARDS holds 16x16 of 1"),
     "channels": ({"img_channels": 3}, [], "makes 16x16 images of 3 channel(s) and SHARDS holds 16x16 of 1"),
     "logits": ({}, ["--metrics", "is100"], "is100 needs the logits of inception"),
+    "no attributes": ({}, ["--metrics", "als"], "ls and als need a classifier of attributes: give --attributes FILE"),
+    "attributes of nothing": (
+        {}, ["--metrics", "ls", "--attributes", "WEIGHTS"], "attribute classifier WEIGHTS is damaged",
+    ),
+    "no lpips": ({}, ["--metrics", "ppl2_wend"], "tools/import_weights.py vgg16 vgg16-397923af.pth"),
     "unwritable": ({}, ["--out", "WEIGHTS/results.jsonl"], "results.jsonl: File exists; name another --out"),
 }  # fmt: skip
 
@@ -153,7 +201,8 @@ def test_every_mistake_is_one_line(case, shards, tmp_path):
     result = run(made, *(part.replace("WEIGHTS", str(garbage)) for part in given))
     assert result.exit_code == 2 and not isinstance(result.exception, Exception), result.output
     errors = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
-    assert len(errors) == 1 and line.replace("SHARDS", str(shards)) in errors[0], result.stderr
+    line = line.replace("SHARDS", str(shards)).replace("WEIGHTS", str(garbage))
+    assert len(errors) == 1 and line in errors[0], result.stderr
     assert "Traceback" not in result.output and result.stdout == "" and not list(tmp_path.rglob("*.part"))
     assert not out.exists() or out.read_text() == ""
 

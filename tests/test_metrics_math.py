@@ -9,12 +9,13 @@ import torch
 from hsrgan.engine.distributed import World
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics import precision_recall as pr
-from hsrgan.engine.metrics.features import UNIT, Features, firsts
+from hsrgan.engine.metrics.features import Features
 from hsrgan.engine.metrics.frechet import INFINITY_COUNTS, fid_infinity, frechet_distance
 from hsrgan.engine.metrics.inception_score import InceptionScore
 from hsrgan.engine.metrics.kid import kid, mmd2
 from hsrgan.engine.metrics.moments import Moments
 from hsrgan.engine.metrics.names import ALL, MOST_KEPT, PUBLISHED, parse_metrics
+from hsrgan.engine.metrics.positions import UNIT, firsts
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -226,6 +227,13 @@ def test_names_say_how_many():
     assert by_name["fid10k_full"].reals_of(1797, "x") == 1797
     assert [m.name for m in parse_metrics("fid50k,fid50k")] == ["fid50k"]
 
+    of_generators = parse_metrics("ppl2_wend,ppl2_wend2k,ppl_zfull300,ls,ls20k,als,als50")
+    assert [(m.kind, m.fakes) for m in of_generators] == [
+        ("ppl2_wend", 50_000), ("ppl2_wend", 2000), ("ppl_zfull", 300), ("ls", 200_000), ("ls", 20_000), ("als", 1000),
+        ("als", 50),
+    ]  # fmt: skip
+    assert of_generators[1].values == ("ppl2_wend2k",) and of_generators[-1].values == ("als50_pairs", "als50_edits")
+
 
 @pytest.mark.parametrize(
     ("name", "line"),
@@ -235,6 +243,7 @@ def test_names_say_how_many():
         ("fid1.5k", "unknown metric"),
         ("", "unknown metric ''"),
         ("fid3_full", "it needs 10 or more"),
+        ("als9", "it needs 10 or more"),
     ],
 )
 def test_unknown_names_get_the_nearest(name, line):

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from hsrgan.engine.distributed import World
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.metrics import path_length, positions
+from hsrgan.engine.metrics import path_length
+from hsrgan.engine.metrics.sampling import fp32_copy
 from hsrgan.engine.model import Generator
 from hsrgan.kernels import launch
 
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 TINY = {"z_dim": 8, "w_dim": 8, "img_resolution": 16, "mapping_layers": 2, "channel_base": 64, "channel_max": 8}
 
 
@@ -51,7 +54,7 @@ def trimmed_mean(values: np.ndarray) -> float:
 def test_a_linear_generators_path_length_is_known(name):
     """In W the image moves by A·(w1 − w0); in Z by A·dz/dt, z on the unit circle through both normalised latents."""
     linear, count, seed = Linear(), 300, 5
-    found = path_length.path_distances(linear, squared, name, count=count, seed=seed, batch=64)
+    found = path_length.path_distances(linear, squared, name, count=count, seed=seed, world=ALONE)
     draws = Draws(seed, torch.device("cpu"))
     latents = draws.latents(path_length._STREAM, range(count), linear.z_dim)
     a, b = (z.double() for z in (latents.z, latents.z_mix))
@@ -95,48 +98,29 @@ def tiny(**kwargs) -> Generator:
 
 
 def distances(generator, name="ppl_wfull", **kwargs):
-    return path_length.path_distances(generator, squared, name, **{"count": 21, "seed": 1, "batch": 8, **kwargs})
+    return path_length.path_distances(generator, squared, name, **{"count": 37, "seed": 1, "world": ALONE, **kwargs})
 
 
-def test_neither_batch_nor_ranks_change_a_pair():
-    """fp64, since ε amplifies fp32's rounding, which the shape of a batch may change, ten thousand times."""
-    generator = tiny().double()
-    whole = distances(generator)
-    torch.testing.assert_close(distances(generator, batch=3), whole, rtol=1e-8, atol=0)
-    parts = [distances(generator, rank=rank, world_size=3) for rank in range(3)]
-    torch.testing.assert_close(positions.merged(parts), whole, rtol=1e-8, atol=0)
-    assert path_length.path_length(torch.cat(parts)) == pytest.approx(path_length.path_length(whole), rel=1e-9)
-    assert distances(generator, rank=5, world_size=6, count=3).shape == (0,)
-    assert not torch.equal(distances(generator, seed=2), whole)
-    in_fp32 = path_length.path_length(distances(tiny()))
-    assert in_fp32 == pytest.approx(path_length.path_length(whole), rel=1e-2)
+@pytest.mark.parametrize("name", ["ppl_wfull", "ppl_zend"])
+def test_ranks_change_no_bit(name):
+    whole = distances(tiny(), name)
+    parts = [distances(tiny(), name, world=World(rank, 2, rank, 2, ALONE.device)) for rank in range(2)]
+    assert torch.equal(sum(parts), whole) and all((part != 0).any() for part in parts)
+    assert not (parts[0] * parts[1]).any()
+    assert torch.equal(distances(tiny(), name, count=20), whole[:20])
+    assert not torch.equal(distances(tiny(), name, seed=2), whole)
 
 
-def test_shares_of_all_ranks_are_gathered_in_order(monkeypatch):
-    whole = torch.arange(14.0).view(7, 2)
-    parts = [whole[rank::3] for rank in range(3)]
-    assert torch.equal(positions.gathered(whole), whole)  # one process
-
-    def all_gather_object(target, local):
-        assert torch.equal(local, parts[1])
-        target[:] = parts
-
-    for name, replacement in {"is_initialized": lambda: True, "get_world_size": lambda: 3,
-                              "all_gather_object": all_gather_object}.items():  # fmt: skip
-        monkeypatch.setattr(positions.dist, name, replacement)
-    assert torch.equal(positions.gathered(parts[1]), whole)
-
-
-def test_all_batches_of_a_share_have_one_length():
-    assert list(positions.shares(7, 2, 1, 2)) == [([1, 3], 2), ([5, 5], 1)]
-    assert list(positions.shares(3, 8, 0, 1)) == [([0, 1, 2], 3)]
-    assert list(positions.shares(3, 8, 3, 4)) == []
+def test_fp32_is_enough():
+    """ε divides rounding errors by 1e-4: they are a percent of a pair's distance here, and average out."""
+    whole, in_fp64 = (path_length.path_length(distances(net)) for net in (tiny(), tiny().double()))
+    assert whole == pytest.approx(in_fp64, rel=1e-2)
 
 
 def test_progress_counts_every_pair():
     told = []
-    distances(tiny(), progress=told.append)
-    assert told == [8, 8, 5]
+    distances(tiny(), told=told.append)
+    assert told == [16, 16, 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -145,9 +129,7 @@ def test_half_precision_is_refused_with_the_reason(dtype):
     for generator in (half, tiny().to(dtype)):
         with pytest.raises(UserError, match=rf"needs fp32 .* in {str(dtype)[6:]}: .*rounding would be measured"):
             distances(generator)
-    with path_length.fp32_activations(half):
-        inside = distances(half)
-    assert torch.equal(inside, distances(tiny())) and half.synthesis.b16.half_dtype is dtype
+    assert torch.equal(distances(fp32_copy(half)), distances(tiny()))
 
 
 def test_the_distance_runs_without_tf32_and_the_switches_come_back(monkeypatch):
@@ -163,20 +145,18 @@ def test_the_distance_runs_without_tf32_and_the_switches_come_back(monkeypatch):
     before = switches()
     torch.backends.cudnn.allow_tf32 = True
     try:
-        path_length.path_distances(tiny(), watching, "ppl2_wend", count=2, seed=0, batch=2)
+        path_length.path_distances(tiny(), watching, "ppl2_wend", count=2, seed=0, world=ALONE)
         assert seen == [(False, False, False)] and switches() == (before[0], before[1], True)
     finally:
         torch.backends.cudnn.allow_tf32 = before[2]
 
 
 def test_mistakes_are_one_line():
-    conditional = tiny(c_dim=3)
-    with pytest.raises(UserError, match="has 3 classes, the data set 0"):
-        distances(conditional)
-    assert distances(conditional, class_counts=[1, 2, 3], count=2).shape == (2,)
+    assert distances(tiny(c_dim=3), class_counts=[1, 2, 3], count=2).shape == (2,)
     broken = tiny()
     broken.synthesis.b16.torgb.bias.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
         distances(broken)
-    with pytest.raises(ValueError, match=r"distance must give \[8\]"):
-        path_length.path_distances(tiny(), lambda a, b: squared(a, b)[:, None], "ppl_wend", count=8, seed=0, batch=8)
+    with pytest.raises(ValueError, match=r"distance must give \[16\]"):
+        path_length.path_distances(tiny(), lambda a, b: squared(a, b)[:, None], "ppl_wend", count=8, seed=0,
+                                   world=ALONE)  # fmt: skip

@@ -13,17 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from metric_fixtures import digits, kaiming
+from metric_fixtures import StandInLPIPS, attributes_file, digits, kaiming
 from PIL import Image
 from torch import nn
 
 from hsrgan.engine.distributed import World, failing_together, from_first
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.metrics import real_cache, registry, sampling
-from hsrgan.engine.metrics.features import UNIT, firsts
+from hsrgan.engine.metrics import generator_metrics, real_cache, registry, sampling
 from hsrgan.engine.metrics.inception import LOGITS
 from hsrgan.engine.metrics.names import parse_metrics
+from hsrgan.engine.metrics.positions import UNIT, firsts
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.model import Generator
@@ -149,7 +149,30 @@ def test_any_order_of_shards_gives_the_same(reordered, reference):
     assert_same(values(scorer(reordered).score(generator())), reference)
 
 
-def _rank(rank: int, store: str, folder: str, out: str) -> None:
+OF_GENERATORS = "ppl_zfull40,ls100,als20"  # not whole units
+
+
+def of_generators(folder: str, attributes: Path, world: World, batch: int) -> list[dict]:
+    """Results of OF_GENERATORS; a stand-in for LPIPS takes the 8 pixels that the crop leaves."""
+    metrics = parse_metrics(OF_GENERATORS)
+    made = scorer(Path(folder), metrics, world=world, batch=batch, extras={"attributes": attributes})
+    return made.score(generator(), "the model")
+
+
+@pytest.fixture(scope="module")
+def attributes(tmp_path_factory) -> Path:
+    return attributes_file(tmp_path_factory.mktemp("attributes") / "attributes.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference_of_generators(shards, attributes) -> list[dict]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
+        return of_generators(str(shards), attributes, ALONE, 64)
+
+
+def _rank(rank: int, store: str, folder: str, attributes: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     world = World(rank, 2, rank, 2, torch.device("cpu"))
@@ -157,6 +180,8 @@ def _rank(rank: int, store: str, folder: str, out: str) -> None:
     for batch in (16, 100):  # the second time from the cache, whose features are dealt otherwise
         found.append(values(scorer(Path(folder), world=world, batch=batch,
                                    cache=RealCache(world, Path(out, "cache"))).score(generator())))  # fmt: skip
+    generator_metrics.load_lpips = StandInLPIPS
+    alone = of_generators(folder, Path(attributes), world, 100)
     failures = []
     for failing in (0, 1):
         try:
@@ -165,16 +190,19 @@ def _rank(rank: int, store: str, folder: str, out: str) -> None:
                     raise UserError(f"of rank {rank}")
         except UserError as error:
             failures.append(str(error))
-    Path(out, f"{rank}.json").write_text(json.dumps([*found, failures, from_first(rank)]))
+    Path(out, f"{rank}.json").write_text(json.dumps([*found, alone, failures, from_first(rank)]))
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_the_same(shards, reference, tmp_path):
-    mp.spawn(_rank, (str(tmp_path / "store"), str(shards), str(tmp_path)), nprocs=2)
+def test_two_ranks_give_the_same(shards, reference, attributes, reference_of_generators, tmp_path):
+    """Metrics of a generator alone to the last bit."""
+    mp.spawn(_rank, (str(tmp_path / "store"), str(shards), str(attributes), str(tmp_path)), nprocs=2)
     for rank in range(2):
-        *found, failures, first = json.loads((tmp_path / f"{rank}.json").read_text())
+        *found, alone, failures, first = json.loads((tmp_path / f"{rank}.json").read_text())
         for one in found:
             assert_same(one, reference)
+        for one, truth in zip(alone, reference_of_generators, strict=True):
+            assert one | {"seconds": 0} == truth | {"seconds": 0}
         assert failures == ["of rank 0", "of rank 1"] and first == 0
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
 
@@ -208,20 +236,52 @@ def test_fid_infinity_is_the_fit_of_the_fids(shards, monkeypatch):
     assert found["fid_infinity"] == pytest.approx(fit[1], rel=1e-9) and fit[0] > 0
 
 
-def test_metrics_of_a_generator_alone_have_a_table(shards, monkeypatch):
-    metrics = parse_metrics("ppl2_wend,fid50_full")
-    with pytest.raises(UserError, match="ppl2_wend is not among"):
-        scorer(shards, metrics)
+def test_results_of_a_generator_alone(reference_of_generators, shards, attributes):
+    """What they say, and that each is the metric's own arithmetic on its own draws."""
+    from hsrgan.engine.metrics import als, linear_separability, path_length, sequences
+    from hsrgan.engine.metrics.attribute_linearity import attribute_linearity_score
+    from hsrgan.engine.metrics.attributes import load_attributes
 
-    def load(world, extras):
-        return lambda job: registry.Outcome(
-            {"ppl2_wend": extras["x"] + sum(job.class_counts)}, job.seed, {"network": str(job.generator.c_dim)}
-        )
+    ppl, ls, alinearity = reference_of_generators
+    drawn = {"seed": 3, "world": ALONE, "class_counts": load_manifest(shards).class_counts}
+    g, judge = generator(), load_attributes(attributes)
+    pairs = path_length.path_distances(g, StandInLPIPS().distance, "ppl_zfull", count=40, **drawn)
+    assert (ppl["value"], ppl["fakes"], ppl["details"]) == (path_length.path_length(pairs), 80, {"pairs": 40})
+    assert ppl["protocol"]["network"] == "stand-in" and ppl["protocol"]["epsilon"] == "0.0001"
+    assert (ppl["protocol"]["space"], ppl["protocol"]["t"]) == ("z", "uniform") and "3/8" in ppl["protocol"]["crop"]
 
-    monkeypatch.setitem(registry.GENERATOR_METRICS, "ppl2_wend", load)
-    result, other = scorer(shards, metrics, extras={"x": 0.5}).score(generator())
-    assert (result["value"], result["fakes"], result["reals"], result["protocol"]) == (210.5, 3, 0, {"network": "10"})
-    assert other["metric"] == "fid50_full"
+    found = sequences.random_samples(g, judge, count=100, **drawn)
+    truth = linear_separability.linear_separability(found.w.numpy(), found.logits.numpy(), judge.names, ALONE)
+    assert ls["value"] == truth.pop("ls") and ls["details"] == truth and truth["kept"] == 50
+
+    logits = sequences.random_pairs(g, judge, count=20, **drawn)
+    assert alinearity["values"].keys() == {"als20_pairs", "als20_edits"}
+    assert alinearity["value"] == attribute_linearity_score(logits).mean().item()
+    assert alinearity["fakes"] == als.images_of(20, 2) == 500 + 20 * 11 * 3
+    low, high = alinearity["details"]["edits"]["interval"]
+    assert low < alinearity["values"]["als20_edits"] < high
+    assert alinearity["protocol"]["attributes"] == "a0, a1" and len(alinearity["protocol"]["weights_sha256"]) == 64
+    assert all(result["seed"] == 3 and result["seconds"] > 0 for result in reference_of_generators)
+
+
+def test_what_metrics_of_a_generator_need_is_missed_at_once(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("HSRGAN_CACHE", str(tmp_path))
+    for name, line in {
+        "ppl2_wend": "import_weights.py vgg16 vgg16-397923af.pth",
+        "als": "ls and als need a classifier of attributes: give --attributes FILE",
+        "ls": "ls and als need",
+    }.items():
+        with pytest.raises(UserError, match=line):
+            scorer(shards, parse_metrics(name))
+    weak = attributes_file(tmp_path / "weak.safetensors", (0.7, 0.95, 0.6))
+    for allowed, names in ((False, "a1"), (True, "a0, a1, a2")):
+        extras = {"attributes": weak, "allow_weak": allowed}
+        metric = scorer(shards, parse_metrics("ls"), extras=extras).of_generator["ls"]
+        assert metric.protocol["attributes"] == names
+    monkeypatch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
+    cropped = scorer(shards, parse_metrics("ppl2_wend,ppl_wend"))
+    with pytest.raises(UserError, match="g makes images of 16 pixels and ppl_wend needs 32: LPIPS"):
+        cropped.check(generator(), "g")
 
 
 def test_progress_counts_every_image(shards):
@@ -232,7 +292,8 @@ def test_progress_counts_every_image(shards):
 
     scorer(shards, progress=note).score(generator())
     names = "fid300_full, fid100, kid300_full, is300, pr1k3_full"
-    assert list(seen) == [f"reals for {names.replace('is300, ', '')}", f"fakes for {names}", "pr1k3_full: neighbours"]
+    assert list(seen) == [f"reals for {names.replace('is300, ', '')}", f"fakes for {names}", "kid300_full: subsets",
+                          "pr1k3_full: neighbours"]  # fmt: skip
     for steps in seen.values():
         assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
     assert seen[f"fakes for {names}"][:2] == [(0, 300), (16, 300)]

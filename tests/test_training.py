@@ -270,6 +270,55 @@ def test_tf32_is_off_unless_the_recipe_allows_it(workspace, tmp_path, allowed):
             switch.allow_tf32 = value
 
 
+WITHOUT_LPIPS = """
+import sys
+from pathlib import Path
+from metric_fixtures import StandInLPIPS
+from hsrgan.engine.errors import UserError
+from hsrgan.engine.metrics import generator_metrics
+from hsrgan.engine.train import train
+
+try:
+    train(Path("recipe.yaml"), ["run_dir=broken", "metrics={names: ppl2_wend}"])
+except UserError as error:
+    print(error)
+generator_metrics.load_lpips = StandInLPIPS
+train(Path("recipe.yaml"), sys.argv[1:])
+"""
+
+
+def test_path_length_and_linearity_of_a_bf16_run_are_of_its_fp32_copy(workspace, monkeypatch):
+    """LPIPS is missed at the start, then a stand-in takes its place. The figures are the best snapshot's, anew."""
+    from metric_fixtures import StandInLPIPS, attributes_file
+
+    from hsrgan.engine.metrics import generator_metrics
+    from hsrgan.engine.snapshot import load_snapshot
+    from hsrgan.engine.stats import read_log
+    from hsrgan.tools import eval as eval_tool
+
+    monkeypatch.setenv("HSRGAN_CACHE", str(workspace / "no_weights"))
+    file = attributes_file(workspace / "attributes.safetensors")
+    metrics = f"metrics={{names: 'ppl2_wend20,als20', attributes: {file}}}"
+    command = [sys.executable, "-c", WITHOUT_LPIPS, "run_dir=lengths", "kimg=0.032", "precision=bf16", metrics]
+    environment = _environment(0, 1, _free_port()) | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "tools/import_weights.py vgg16" in done.stdout, done.stdout + done.stderr
+    assert not list((workspace / "broken").iterdir())
+
+    (row,) = [row for row in read_log(workspace / "lengths" / "log.jsonl") if "metric/ppl2_wend20" in row]
+    best = workspace / "lengths" / "snapshots" / "best.safetensors"
+    assert load_snapshot(best)[1]["score"]["value"] == row["metric/ppl2_wend20"] > 0
+    data = next((workspace / "datasets").glob("digits-16*"))
+    monkeypatch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
+    torch.set_num_threads(1)
+    monkeypatch.chdir(workspace)
+    result = CliRunner().invoke(eval_tool.app, [str(best), "--metrics", "ppl2_wend20,als20", "--data", str(data),
+                                                "--attributes", str(file), "--seed", "1"])  # fmt: skip
+    again = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    for name, value in (again[0]["values"] | again[1]["values"]).items():
+        assert row[f"metric/{name}"] == pytest.approx(value, abs=1e-9)
+
+
 def expect_error(folder: Path, *overrides: str, naming: str) -> None:
     (process,) = start(folder, *overrides)
     output = process.communicate(timeout=120)[0]

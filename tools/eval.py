@@ -20,7 +20,7 @@ from hsrgan.engine.metrics.extractor import load_extractor
 from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
-from hsrgan.engine.metrics.report import Bars, comparison_chart, comparison_table
+from hsrgan.engine.metrics.report import Bars, comparison_chart, comparison_table, short_names
 from hsrgan.engine.model import Generator
 from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.snapshot import load_snapshot
@@ -56,6 +56,12 @@ def main(
     resize: Annotated[Resize, typer.Option(help="For inception and vgg16: published (tf1), or clean-fid's.")] = (
         Resize.tf1
     ),
+    attributes: Annotated[
+        Path | None, typer.Option(help="For ls and als: a file of tools/fit_attributes.py or import_attributes.py.")
+    ] = None,
+    allow_weak: Annotated[
+        bool, typer.Option("--allow-weak", help="Also score by attributes that the classifier tells poorly.")
+    ] = False,
     covariance: Annotated[Covariance, typer.Option(help="Over N − 1, or over N as NVIDIA's StyleGANs.")] = (
         Covariance.n_minus_1
     ),
@@ -75,6 +81,8 @@ def main(
       python tools/eval.py run/snapshots/best.safetensors --data shards/ --metrics fid50k_full,kid50k_full,pr50k3_full
 
       deepspeed tools/eval.py a.safetensors b.safetensors --data shards/ --compare --out results.jsonl
+
+      python tools/eval.py a.safetensors b.safetensors --metrics als,ppl2_wend10k --attributes attributes.safetensors
     """
     world = distributed.world_from_environment()
     with user_errors(quiet=not world.first), Bars(quiet=not world.first) as bars:
@@ -82,23 +90,29 @@ def main(
         scorer, generators = _prepared(
             world, snapshots, metrics, data, features, resize.value, progress=bars, seed=seed, batch=batch,
             covariance=covariance.value, workers=workers,
+            extras={"attributes": attributes, "allow_weak": allow_weak},
         )  # fmt: skip
         if out is not None and world.first:
             with writable(out, "name another --out"):
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.touch()
-        for path, (generator, metadata) in zip(snapshots, generators, strict=True):
+        for path, label, (generator, metadata) in zip(snapshots, short_names(snapshots), generators, strict=True):
             facts = {"snapshot": str(path), "snapshot_sha256": sha256_of(path), "kimg": metadata["kimg"]}
-            for result in scorer.score(generator.to(world.device)):
+            for result in scorer.score(generator.to(world.device), label):
                 results.append(result | facts)
                 if world.first:
                     _tell(results[-1], out)
             generator.cpu()
-        if compare and world.first:
-            chart = (out or Path("compare")).with_suffix(".png")
-            Console().print(comparison_table(results))
-            comparison_chart(results, chart)
-            typer.echo(f"chart: {chart}")
+        if world.first:
+            tables, files = scorer.report(lambda name: out.with_name(f"{out.stem}_{name}") if out else Path(name))
+            if compare:
+                chart = (out or Path("compare")).with_suffix(".png")
+                comparison_chart(results, chart)
+                tables, files = [comparison_table(results), *tables], [chart, *files]
+            for table in tables:
+                Console().print(table)
+            for file in files:
+                typer.echo(file)
     distributed.stop()
 
 

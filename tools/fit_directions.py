@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from hsrgan.engine.distributed import World
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.metrics.attributes import load_attributes
 from hsrgan.engine.metrics.directions import FEWEST, SHARE, Directions, fit_directions, save_directions
@@ -55,7 +56,6 @@ def main(
         int, typer.Option(min=round(FEWEST / SHARE), help="Random images; InterFaceGAN takes 500000.")
     ] = 20000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images made at a time.")] = 64,
     allow_weak: Annotated[
         bool, typer.Option("--allow-weak", help="Also attributes that the classifier tells poorly.")
     ] = False,
@@ -72,13 +72,14 @@ def main(
         generator, _ = load_snapshot(snapshot)
         classifier = load_attributes(attributes).restricted(name, allow_weak=allow_weak)
         generator = place(generator)
+        device = next(generator.parameters()).device
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()]
         with Progress(*columns) as progress:
             task = progress.add_task("sampling", total=samples)
             found = random_samples(
-                generator, classifier.to(next(generator.parameters()).device), count=samples, seed=seed, batch=batch,
+                generator, classifier.to(device), count=samples, seed=seed, world=World(0, 1, 0, 1, device),
                 class_counts=[1] * generator.c_dim,  # as tools/sample.py draws them
-                progress=lambda images: progress.update(task, advance=images),
+                told=lambda images: progress.update(task, advance=images),
             )  # fmt: skip
             task = progress.add_task("fitting", total=len(classifier.names))
             directions = fit_directions(

@@ -1,8 +1,8 @@
 """ALS of one or several models from end to end: sequences, scores with intervals, table, curves and strips.
 
-    measured = {label: measure(generator, classifier, snapshot=sha256, …) for each model}     every rank calls it
-    report = als_report(measured)                                                             then the first rank alone
-    write_als(folder, report, measured, generators)
+    measured = {label: measure(generator, classifier, label=label, …) for each model}     every rank calls it
+    report = als_report(measured)                                                         then the first rank alone
+    write_als(folder, report, measured)
 
 Two kinds of sequence, apart: `pairs` (random w0 → w1) and `edits` (w → w + α·d_a, d_a from an SVM in the model's own W,
 α = `strength` standard deviations of w along it). The formula and its intervals are in `attribute_linearity`.
@@ -10,8 +10,9 @@ Two kinds of sequence, apart: `pairs` (random w0 → w1) and `edits` (w → w + 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,23 +20,26 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from hsrgan.engine.aside import written_aside
+from hsrgan.engine.aside import writable, written_aside
+from hsrgan.engine.distributed import World, from_first
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.metrics.als_pictures import draw_linearity, draw_strips, extremes
+from hsrgan.engine.metrics.als_pictures import draw_linearity, draw_strips, extremes, small
 from hsrgan.engine.metrics.attribute_linearity import linearity, nonlinearity, shared_sigma, spread
 from hsrgan.engine.metrics.attributes import AttributeClassifier
-from hsrgan.engine.metrics.directions import Directions, fit_directions
-from hsrgan.engine.metrics.positions import gathered
+from hsrgan.engine.metrics.directions import FEWEST, SHARE, Directions, fit_directions
+from hsrgan.engine.metrics.positions import Told, silent
 from hsrgan.engine.metrics.sequences import FRAMES, attribute_edits, random_pairs, random_samples, strip
 
 STRENGTH = 2.0  # standard deviations of w: the edit ends where w still is at home
 STRIPS = 3  # of each end, in the picture
+SIGMAS = {"own": "each model's own σ", "shared": "one σ for all models"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one model, from all ranks: logits of pairs [n, T, a] and of edits [n, e, T, a], where edit e is along
-    `directions.names[e]`, which is attribute e; and what they were drawn with.
+    """Of one model: logits of pairs [n, T, a] and of edits [n, e, T, a], where edit e is along `directions.names[e]`,
+    which is attribute e; and what they were drawn with. strips: the STRIPS straightest edits and as many of the most
+    bent, by Σ_t δ² averaged over attributes: a caption and frames [T, C, R, R] uint8.
     """
 
     pairs: Tensor
@@ -43,47 +47,55 @@ class Measured:
     directions: Directions
     strength: float
     seed: int
-    class_counts: tuple[int, ...]
-
-    def shifts(self) -> list[Tensor]:
-        """α·d [w_dim] of each edit."""
-        return [self.directions.shift(name, self.strength) for name in self.directions.names]
+    strips: list[tuple[str, Tensor]]
 
 
-def images_of(count: int, samples: int, attributes: int) -> int:
+def samples_of(count: int) -> int:
+    """Random images that directions are fitted to, where there are `count` sequences: as many as `directions` needs."""
+    return max(20 * count, round(FEWEST / SHARE))
+
+
+def images_of(count: int, attributes: int) -> int:
     """How many images `measure` makes, over all ranks: the total of its progress."""
-    return samples + count * FRAMES * (1 + attributes)
+    return samples_of(count) + count * FRAMES * (1 + attributes)
 
 
 def measure(
     generator: nn.Module,
     classifier: AttributeClassifier,
     *,
-    snapshot: str,
+    label: str,
     count: int,
-    samples: int,
     seed: int,
-    batch: int,
+    world: World,
     strength: float = STRENGTH,
-    rank: int = 0,
-    world_size: int = 1,
     class_counts: Sequence[int] = (),
-    progress: Callable[[int], None] = lambda images: None,
+    told: Told = silent,
 ) -> Measured:
     """Make and classify the sequences of one model. A collective: every rank calls it, and every rank has the result.
 
-    classifier: of the attributes to score (`AttributeClassifier.restricted`), on the generator's device. snapshot:
-    sha256 of the model's file. count: sequences of each kind, and of each edit. samples: random images for the
-    directions. batch: images at a time. progress is told of images newly done by this rank.
+    classifier: of the attributes to score (`AttributeClassifier.restricted`), on the rank's device, as the generator.
+    label: what the model is called. count: sequences of each kind, and of each edit. told of images.
     """
-    drawn = {"seed": seed, "batch": batch, "rank": rank, "world_size": world_size, "class_counts": class_counts}
-    drawn |= {"progress": progress}
-    found = random_samples(generator, classifier, count=samples, **drawn).gathered()
-    directions = fit_directions(found.w.numpy(), found.logits.numpy(), classifier.names, seed=seed, snapshot=snapshot)
+    drawn = {"seed": seed, "world": world, "class_counts": class_counts, "told": told}
+    found = random_samples(generator, classifier, count=samples_of(count), **drawn)
+    directions = None
+    if world.first:
+        w, logits = found.w.numpy(), found.logits.numpy()
+        directions = fit_directions(w, logits, classifier.names, seed=seed, snapshot=label)
+    directions = from_first(directions)
     shifts = torch.stack([directions.shift(name, strength) for name in directions.names])
-    pairs = gathered(random_pairs(generator, classifier, count=count, **drawn))
-    edits = gathered(attribute_edits(generator, classifier, shifts, count=count, **drawn))
-    return Measured(pairs, edits, directions, strength, seed, tuple(class_counts))
+    pairs = random_pairs(generator, classifier, count=count, **drawn)
+    edits = attribute_edits(generator, classifier, shifts, count=count, **drawn)
+
+    bends, strips = nonlinearity(edits).mean(-1), []  # [n, e]
+    for kind, indices in zip(("straightest", "most bent"), extremes(bends.flatten(), STRIPS), strict=True):
+        for position, e in (divmod(index, len(shifts)) for index in indices):
+            place = {"seed": seed, "device": world.device, "class_counts": class_counts}
+            frames = strip(generator, position, shifts[e], **place)
+            caption = f"{kind}: {classifier.names[e]} +{strength:g} std, bend {bends[position, e]:.3g}"
+            strips.append((f"{label}, {caption}", small(frames)))
+    return Measured(pairs, edits, directions, strength, seed, strips)
 
 
 def als_report(measured: Mapping[str, Measured]) -> dict:
@@ -120,57 +132,47 @@ def als_report(measured: Mapping[str, Measured]) -> dict:
     return report
 
 
-def als_table(report: dict) -> Table:
-    """ALS and its 95 % interval, a row for each attribute and a column for each model, kind and σ."""
-    table = Table(title="attribute linearity score (0 = linear), 95 % interval by bootstrap over sequences")
-    table.add_column("attribute")
-    columns = []
-    for label, kinds in report["models"].items():
-        for kind in ("pairs", "edits"):
-            for sigma, result in kinds[kind].items():
-                table.add_column(f"{label}\n{kind}, {sigma} σ", justify="right")
-                columns.append(result)
+def als_tables(report: dict) -> list[Table]:
+    """ALS and its 95 % interval for each kind of sequence and each σ: a row for each attribute, a column a model."""
 
     def cell(entry: dict) -> str:
         low, high = entry["interval"]
         return f"{entry['als']:.3f} [{low:.3f}, {high:.3f}]"
 
-    for name in columns[0]["attributes"]:
-        table.add_row(name, *(cell(result["attributes"][name]) for result in columns))
-    table.add_section()
-    table.add_row("mean", *(cell(result) for result in columns))
-    return table
+    tables = []
+    for kind, sigma in itertools.product(("pairs", "edits"), SIGMAS):
+        columns = {label: kinds[kind][sigma] for label, kinds in report["models"].items() if sigma in kinds[kind]}
+        if columns:
+            first = next(iter(columns.values()))
+            title = f"ALS of {first['sequences']} {kind}, {SIGMAS[sigma]}"
+            caption = "0 = linear; [95 % interval]"
+            table = Table("attribute", title=title, title_justify="left", caption=caption, caption_justify="left")
+            for label in columns:
+                table.add_column(label, justify="right")
+            for name in first["attributes"]:
+                table.add_row(name, *(cell(result["attributes"][name]) for result in columns.values()))
+            table.add_section()
+            table.add_row("mean", *(cell(result) for result in columns.values()))
+            tables.append(table)
+    return tables
 
 
-def write_als(
-    folder: Path, report: dict, measured: Mapping[str, Measured], generators: Mapping[str, nn.Module]
-) -> list[Path]:
+def write_als(folder: Path, report: dict, measured: Mapping[str, Measured]) -> list[Path]:
     """Write als.json, curves of each kind (als_pairs.png, als_edits.png; one σ for all models where there are several)
     and, for each model, the straightest and the most bent edits (als_strips_<n>.png). Returns the files.
     """
+    with writable(folder, "name another --out"):
+        folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "als.json"]
     with written_aside(files[0]) as aside:
         aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for kind in ("pairs", "edits"):
         files.append(folder / f"als_{kind}.png")
         curves = {label: kinds[kind].get("shared", kinds[kind]["own"]) for label, kinds in report["models"].items()}
-        draw_linearity(curves, files[-1])
-    for number, (label, one) in enumerate(measured.items()):
+        count, sigma = next(iter(curves.values()))["sequences"], "shared" if len(curves) > 1 else "own"
+        title = f"how far the logit is from its chord, mean of {count} {kind}; {SIGMAS[sigma]}"
+        draw_linearity(curves, title, files[-1])
+    for number, one in enumerate(measured.values()):
         files.append(folder / f"als_strips_{number}.png")
-        draw_strips(_strips(label, generators[label], one), files[-1])
+        draw_strips(one.strips, files[-1])
     return files
-
-
-def _strips(label: str, generator: nn.Module, one: Measured) -> list[tuple[str, Tensor]]:
-    """The STRIPS straightest edits and the most bent ones, by Σ_t δ² averaged over attributes, with captions."""
-    bends = nonlinearity(one.edits).mean(-1)  # [n, e]
-    edits = bends.shape[1]
-    shifts, names = one.shifts(), one.directions.names
-    result = []
-    for kind, indices in zip(("straightest", "most bent"), extremes(bends.flatten(), STRIPS), strict=True):
-        for index in indices:
-            position, e = divmod(index, edits)
-            frames = strip(generator, position, shifts[e], seed=one.seed, class_counts=one.class_counts)
-            caption = f"{label}: {kind}, {names[e]} +{one.strength:g} std, bend {bends[position, e]:.3g}"
-            result.append((caption, frames))
-    return result

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hsrgan.engine.aside import written_aside
@@ -18,7 +18,7 @@ LARGEST = 256  # pixels of a frame: eleven of 1024 would be no picture to look a
 _COLUMNS = 5
 
 
-def draw_linearity(results: Mapping[str, dict], path: Path) -> None:
+def draw_linearity(results: Mapping[str, dict], title: str, path: Path) -> None:
     """Plot the curves of `attribute_linearity.linearity` to `path`, a panel for each attribute and one for their mean.
 
     results: by the model's label, all of the same attributes. 0 along the whole curve is a straight edit.
@@ -30,9 +30,10 @@ def draw_linearity(results: Mapping[str, dict], path: Path) -> None:
     panels = ["mean of attributes", *names]
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 0.4 + 2.6 * rows), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, panel in zip(grid.flat, panels, strict=False):
         for label, result in results.items():
             if panel in result["attributes"]:
@@ -42,12 +43,14 @@ def draw_linearity(results: Mapping[str, dict], path: Path) -> None:
                 values, score = torch.tensor(curves).mean(0), result["als"]
             axes.plot(torch.linspace(0, 1, len(values)), values, marker=".", label=f"{label}  ALS {score:.3g}")
         axes.set_title(panel, fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
+    grid[0, 0].set_ylim(bottom=0)  # of all panels, once all curves are there
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    for axes in grid[-1]:
+    for axes in grid.flat[max(len(panels) - columns, 0) : len(panels)]:  # the lowest of each column
         axes.set_xlabel("t")
+        axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("m(t), in σ")
     with written_aside(path) as aside:
@@ -62,19 +65,20 @@ def extremes(scores: Tensor, count: int) -> tuple[list[int], list[int]]:
 
 
 def draw_strips(strips: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    """Save strips (a caption and its frames [T, C, R, R], uint8) to `path`, one below the other, at most LARGEST²."""
-    rows = [image_grid(_small(frames), cols=len(frames)).convert("RGB") for _, frames in strips]
+    """Save strips (a caption and its frames [T, C, R, R], uint8) to `path`, one below the other."""
+    rows = [image_grid(frames, cols=len(frames)).convert("RGB") for _, frames in strips]
     picture = Image.new("RGB", (rows[0].width, sum(row.height + CAPTION for row in rows)), "white")
-    pen = ImageDraw.Draw(picture)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     y = 0
     for (caption, _), row in zip(strips, rows, strict=True):
-        pen.text((4, y + 2), caption, fill="black")
+        pen.text((4, y + 1), caption, fill="black", font=font)
         picture.paste(row, (0, y + CAPTION))
         y += row.height + CAPTION
     save_png(picture, path)
 
 
-def _small(frames: Tensor) -> Tensor:
+def small(frames: Tensor) -> Tensor:
+    """Frames [T, C, R, R] uint8, at most LARGEST pixels high."""
     side = frames.shape[-1]
     if side <= LARGEST:
         return frames

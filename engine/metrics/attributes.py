@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.metrics.fp32 import exact_fp32
 from hsrgan.engine.teacher import FILE_KWARGS, create_timm
 from hsrgan.engine.tensor_files import misfit, one_line, read_safetensors
 
@@ -60,7 +61,8 @@ class AttributeClassifier(nn.Module):
         """images [N, C, H, W] in [−1, 1], C 1 or 3, area-resized where they are of another size → logits [N, A]."""
         if images.shape[2:] != self.input_size:
             images = F.adaptive_avg_pool2d(images, self.input_size)
-        logits = self.net(images * self.scale + self.shift)  # a grey image is repeated by broadcasting
+        with exact_fp32(images.device):
+            logits = self.net(images * self.scale + self.shift)  # a grey image is repeated by broadcasting
         return logits if self.columns is None else logits[:, self.columns]
 
     def restricted(self, names: Sequence[str] | None = None, *, allow_weak: bool = False) -> AttributeClassifier:

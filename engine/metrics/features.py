@@ -1,4 +1,4 @@
-"""Features kept for the metrics that compare images with images, and who computes which."""
+"""Features kept for the metrics that compare images with images."""
 
 from __future__ import annotations
 
@@ -10,22 +10,7 @@ import torch
 from torch import Tensor
 
 from hsrgan.engine.distributed import World, sum_over_ranks
-
-UNIT = 16  # images that a network sees at a time: fixed, since the rounding of a feature may depend on it
-
-
-def firsts(count: int, batch: int, world: World) -> Iterator[int]:
-    """The first position of each unit of this rank, when positions 0 … count−1 are dealt out `batch` to a rank in turn,
-    in whole units. Units may reach beyond count.
-    """
-    share = share_of(batch)
-    for start in range(world.rank * share, count, world.size * share):
-        yield from range(start, min(start + share, count), UNIT)
-
-
-def share_of(batch: int) -> int:
-    """`batch` in whole units, at least one."""
-    return -(-batch // UNIT) * UNIT
+from hsrgan.engine.metrics.positions import UNIT, firsts
 
 
 class Features:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,16 +13,20 @@ from hsrgan.engine.metrics.features import Features
 SUBSETS, SUBSET_SIZE = 100, 1000
 
 
-def kid(fakes: Features, reals: Features, *, seed: int) -> tuple[float, float]:
+def kid(
+    fakes: Features, reals: Features, *, seed: int, progress: Callable[[int, int], None] = lambda *_: None
+) -> tuple[float, float]:
     """Mean and population standard deviation of MMD² over 100 pairs of subsets of min(N_real, N_fake, 1000), each drawn
-    without replacement. A collective: subsets are put together from all ranks.
+    without replacement. progress(subsets done, of all). A collective: subsets are put together from all ranks.
     """
     size = min(fakes.count, reals.count, SUBSET_SIZE)
     draws = np.random.RandomState(seed)  # its draws are frozen for good
     scores = []
-    for _ in range(SUBSETS):
+    for done in range(SUBSETS):
+        progress(done, SUBSETS)
         x, y = (side.rows(draws.choice(side.count, size, replace=False)) for side in (fakes, reals))
         scores.append(mmd2(x.double(), y.double()).item())
+    progress(SUBSETS, SUBSETS)
     return float(np.mean(scores)), float(np.std(scores))
 
 

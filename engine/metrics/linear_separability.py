@@ -13,34 +13,33 @@ authors' code. An attribute of which one side only is left is predicted perfectl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-FULL_COUNT = 200_000  # samples of the published protocol, which keeps half of them
+from hsrgan.engine.distributed import World, sum_over_ranks
+from hsrgan.engine.metrics.positions import Told, silent
 
 
 def linear_separability(
-    latents: np.ndarray,
-    logits: np.ndarray,
-    names: Sequence[str],
-    *,
-    keep: float = 0.5,
-    progress: Callable[[int], None] = lambda attributes: None,
-) -> dict:
+    latents: np.ndarray, logits: np.ndarray, names: Sequence[str], world: World, *, keep: float = 0.5,
+    told: Told = silent,
+) -> dict:  # fmt: skip
     """latents [n, d] (w, or z) and the logits [n, a] of their images, positive = present → JSON-able figures.
 
     `ls`, `samples` (n), `kept` of them, and H in nats for each attribute as `entropies`. keep: the share that is kept.
-    progress is told the number of attributes newly done.
+    A collective, of which each rank fits its part of the attributes; told of those.
     """
     kept = int(len(latents) * keep)
-    entropies = {}
-    for a, name in enumerate(names):
+    entropies = torch.zeros(len(names), dtype=torch.float64, device=world.device)
+    for a in range(world.rank, len(names), world.size):
         surest = np.argsort(-np.abs(logits[:, a]), kind="stable")[:kept]
-        entropies[name] = separation_entropy(latents[surest], logits[surest, a] > 0)
-        progress(1)
-    ls = math.exp(sum(entropies.values()))
-    return {"ls": ls, "samples": len(latents), "kept": kept, "entropies": entropies}
+        entropies[a] = separation_entropy(latents[surest], logits[surest, a] > 0)
+        told(1)
+    values = sum_over_ranks(entropies).tolist()
+    ls = math.exp(sum(values))
+    return {"ls": ls, "samples": len(latents), "kept": kept, "entropies": dict(zip(names, values, strict=True))}
 
 
 def separation_entropy(latents: np.ndarray, labels: np.ndarray) -> float:

@@ -17,15 +17,17 @@ PUBLISHED = (
     "fid50k_full", "fid50k", "kid50k_full", "pr50k3_full", "is50k", "fd_dinov2_50k_full", "fid_infinity",
     "ppl2_wend", "ppl_wfull", "ppl_zfull", "ppl_wend", "ppl_zend", "ls", "als",
 )  # fmt: skip
+PAIRS, SAMPLES, SEQUENCES = 50_000, 200_000, 1000  # of path length and LS as published; of ALS, which states none
 
 
 @dataclass(frozen=True)
 class Metric:
     """One metric.
 
-    kind: how it is computed: fid, fid_infinity, kid, pr or is; or its own name, for those that take a generator and no
-    images. features: the network it is published with, as `load_extractor` takes it; None where kind is a name.
-    fakes: how many; reals: at most how many. full: fewer reals will do.
+    kind: how it is computed: fid, fid_infinity, kid, pr or is; or its published name, for those that take a generator
+    and no images. features: the network it is published with, as `load_extractor` takes it; None where kind is a name.
+    fakes: how many, or of a generator's own metric how many pairs, samples or sequences; reals: at most how many.
+    full: fewer reals will do.
     values: the keys of its results, the first of which stands for it; higher: more of that is better.
     """
 
@@ -68,7 +70,7 @@ def _parse(name: str) -> Metric:
     nearest = max(PUBLISHED, key=lambda known: difflib.SequenceMatcher(None, name, known).ratio())
     raise UserError(
         f"unknown metric {name!r}: did you mean {nearest}? Known: {', '.join(PUBLISHED)}; any number of images as in "
-        "fid10k_full or fid1000_full"
+        "fid10k_full, fid1000_full or ppl2_wend10k"
     )
 
 
@@ -97,8 +99,16 @@ def _is(name: str, count: int, full: bool) -> Metric:
     return Metric(name, "is", "inception", count, values=(f"{name}_mean", f"{name}_std"), higher=True)
 
 
-def _of_generator(name: str, count: int, full: bool) -> Metric:
-    return Metric(name, name, values=(name,))
+def _path_length(name: str, count: int, full: bool) -> Metric:
+    return Metric(name, name.rstrip("0123456789k"), fakes=count or PAIRS, values=(name,))
+
+
+def _separability(name: str, count: int, full: bool) -> Metric:
+    return Metric(name, "ls", fakes=count or SAMPLES, values=(name,))
+
+
+def _linearity(name: str, count: int, full: bool) -> Metric:
+    return Metric(name, "als", fakes=count or SEQUENCES, values=(f"{name}_pairs", f"{name}_edits"))
 
 
 _PATTERNS: dict[str, Callable[[str, int, bool], Metric]] = {
@@ -108,5 +118,7 @@ _PATTERNS: dict[str, Callable[[str, int, bool], Metric]] = {
     r"is(?P<n>\d+)(?P<k>k?)": _is,
     r"fd_dinov2_(?P<n>\d+)(?P<k>k?)_full": _fd_dinov2,
     r"fid_infinity": _fid_infinity,
-    r"ppl2_wend|ppl_[wz](full|end)|ls|als": _of_generator,
+    r"(ppl2_wend|ppl_[wz](full|end))((?P<n>\d+)(?P<k>k?))?": _path_length,
+    r"ls((?P<n>\d+)(?P<k>k?))?": _separability,
+    r"als((?P<n>\d+)(?P<k>k?))?": _linearity,
 }

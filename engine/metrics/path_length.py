@@ -12,8 +12,7 @@ quantised; from 512² on they are averaged down to 256². All but `ppl2_wend` se
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsrgan.engine.distributed import World
+from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.metrics.positions import draws_for, shares
-from hsrgan.kernels import launch
+from hsrgan.engine.metrics.fp32 import exact_fp32
+from hsrgan.engine.metrics.positions import Told, all_rows, silent
+from hsrgan.engine.metrics.sampling import synthesised
 
 EPSILON = 1e-4
 SIDE = 256  # pixels that larger images are averaged to
@@ -63,51 +65,42 @@ def path_distances(
     *,
     count: int,
     seed: int,
-    batch: int,
-    rank: int = 0,
-    world_size: int = 1,
+    world: World,
     class_counts: Sequence[int] = (),
-    progress: Callable[[int], None] = lambda pairs: None,
+    told: Told = silent,
 ) -> Tensor:
-    """d/ε² of this rank's pairs, fp64 on the CPU; those of all ranks (`positions.gathered`) go into `path_length`.
+    """d/ε² of all pairs, fp64 [count] on the CPU, for `path_length`. A collective.
 
     generator: an fp32 Generator in eval mode. distance: images a, b [N, 3, H, W] in about [−1, 1], grey ones repeated
-    to three channels → [N]; it runs with TF32 off. name: a key of PROTOCOLS. batch: pairs at a time. class_counts: as
-    `draws_for`. progress is told the number of pairs newly done.
+    to three channels → [N]; all is computed with TF32 off. name: a key of PROTOCOLS. class_counts: of the data set, for
+    labels. told of pairs.
 
-    Raises `UserError` for a generator in half precision, labels that do not fit, or images that are not finite.
+    Raises `UserError` for a generator in half precision, or images that are not finite.
     """
     space, full, crop = PROTOCOLS[name]
     refuse_half(generator, name)
-    draws = draws_for(generator, seed, class_counts)
-    result = torch.empty(len(range(rank, count, world_size)), dtype=torch.float64)
-    done = 0
-    with tf32_off():
-        for positions, real in shares(count, batch, rank, world_size):
-            latents = draws.latents(_STREAM, positions, generator.z_dim)
-            labels = latents.c if generator.c_dim else None
-            noise = draws.noise(_STREAM, positions, generator.synthesis.noise_size)
-            t = draws.uniform(_STREAM, positions) if full else torch.zeros(len(positions), device=draws.device).double()
+    draws = Draws(seed, world.device, class_counts)
+
+    def distances(positions: range) -> Tensor:
+        latents = draws.latents(_STREAM, positions, generator.z_dim)
+        noise = draws.noise(_STREAM, positions, generator.synthesis.noise_size)
+        t = draws.uniform(_STREAM, positions) if full else torch.zeros(len(positions), device=draws.device).double()
+        if space == "w":
+            ends = [generator.mapping(z, latents.c) for z in (latents.z, latents.z_mix)]
+        halves = []
+        for at in (t, t + EPSILON):
             if space == "w":
-                ends = [generator.mapping(z, labels) for z in (latents.z, latents.z_mix)]
-            halves = []
-            for at in (t, t + EPSILON):
-                if space == "w":
-                    ws = ends[0].double().lerp(ends[1].double(), at[:, None, None]).to(ends[0].dtype)
-                else:
-                    z = slerp(latents.z.double(), latents.z_mix.double(), at[:, None])
-                    ws = generator.mapping(z, labels)
-                halves.append(_seen(generator.synthesis(ws, noise=noise), crop))
-            d = distance(*halves)
-            if d.shape != (len(positions),):
-                raise ValueError(f"distance must give [{len(positions)}] for as many pairs, gave {list(d.shape)}")
-            if not torch.isfinite(d).all():
-                raise UserError(f"{name}: images at positions {positions[0]} to {positions[real - 1]} are not finite: "
-                                "the model has diverged; take an earlier snapshot")
-            result[done : done + real] = d[:real].double().cpu() / EPSILON**2
-            done += real
-            progress(real)
-    return result
+                ws = ends[0].double().lerp(ends[1].double(), at[:, None, None]).to(ends[0].dtype)
+            else:
+                ws = generator.mapping(slerp(latents.z.double(), latents.z_mix.double(), at[:, None]), latents.c)
+            halves.append(torch.cat([_seen(images, crop) for images in synthesised(generator, ws, noise)]))
+        d = distance(*halves)
+        if d.shape != (len(positions),):
+            raise ValueError(f"distance must give [{len(positions)}] for as many pairs, gave {list(d.shape)}")
+        return d
+
+    with exact_fp32(world.device):
+        return all_rows(count, (), world, distances, told).double() / EPSILON**2
 
 
 def _seen(images: Tensor, crop: bool) -> Tensor:
@@ -139,32 +132,5 @@ def refuse_half(generator: nn.Module, name: str) -> None:
         raise UserError(
             f"{name} needs fp32 and the generator computes in {short}: at ε = 1e-4 its rounding would be measured "
             "instead (bfloat16 inflates the score some 360 times, float16 11 times); score the saved snapshot, "
-            "which is fp32, or the averaged generator inside fp32_activations()"
+            "which is fp32, or sampling.fp32_copy of the averaged generator"
         )
-
-
-@contextlib.contextmanager
-def fp32_activations(generator: nn.Module) -> Iterator[None]:
-    """`generator`'s blocks compute in the fp32 of their parameters inside, whatever precision it is trained in."""
-    blocks = [module for module in generator.modules() if getattr(module, "half_dtype", None)]
-    before = [block.half_dtype for block in blocks]
-    for block in blocks:
-        block.half_dtype = None
-    try:
-        yield
-    finally:
-        for block, dtype in zip(blocks, before, strict=True):
-            block.half_dtype = dtype
-
-
-@contextlib.contextmanager
-def tf32_off() -> Iterator[None]:
-    """No TF32 inside, neither in PyTorch's products nor in our kernels'."""
-    ours, cudnn = launch.tf32_allowed(), torch.backends.cudnn.allow_tf32
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    launch.allow_tf32(False)
-    try:
-        yield
-    finally:
-        launch.allow_tf32(ours)
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul

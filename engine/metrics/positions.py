@@ -1,54 +1,66 @@
-"""Which items of a metric fall to which rank, what they are drawn from, and how the ranks' shares become one again.
+"""Which rank computes what, and how the ranks' shares become one whole.
 
-Item p of every metric is a function of (seed, p) alone. Rank r of n computes p = r, r + n, r + 2n, …, in batches that
-all have one length, so that neither the number of ranks nor a short last batch changes how a sum is rounded.
+Whatever stands at position p of a metric (an image, a pair, a sequence) is a function of (seed, p) alone. Positions go
+to ranks, and through networks, in units of UNIT that begin at its multiples, so that neither the number of ranks nor
+the size of a batch changes how anything is rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import torch.distributed as dist
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from hsrgan.engine.draws import Draws
-from hsrgan.engine.errors import UserError
+from hsrgan.engine.distributed import World, failing_together, sum_over_ranks
 
-
-def shares(count: int, batch: int, rank: int, world_size: int) -> Iterator[tuple[list[int], int]]:
-    """(positions, how many of them count) for each batch of this rank; the last is filled up with repeats."""
-    mine = range(rank, count, world_size)
-    size = min(batch, count)
-    for start in range(0, len(mine), size):
-        part = list(mine[start : start + size])
-        yield part + part[-1:] * (size - len(part)), len(part)
+UNIT = 16
+Progress = Callable[[str, int, int], None]  # (what is being done, done, of how many)
+Told = Callable[[int], None]  # of how many this rank has newly done
 
 
-def merged(parts: Sequence[Tensor]) -> Tensor:
-    """The shares [n_r, …] of ranks 0, 1, … as one [n, …], in the order of positions."""
-    whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
-    for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole
+def silent(done: int) -> None:
+    pass
 
 
-def gathered(local: Tensor) -> Tensor:
-    """`merged` over the process group, on the CPU of every rank; `local` itself where there is one rank."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return local.cpu()
-    parts: list[Tensor | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, local.cpu())
-    return merged(parts)
-
-
-def draws_for(generator: nn.Module, seed: int, class_counts: Sequence[int]) -> Draws:
-    """Latents, noise and labels on the generator's device. class_counts: images per class of the data set.
-
-    Raises `UserError` for a class-conditional generator without them, or with those of other classes.
+def firsts(count: int, batch: int, world: World) -> Iterator[int]:
+    """The first position of each unit of this rank, when positions 0 … count−1 are dealt out `batch` to a rank in turn,
+    in whole units. Units may reach beyond count.
     """
-    if generator.c_dim != len(class_counts):
-        raise UserError(
-            f"the model has {generator.c_dim} classes, the data set {len(class_counts)}: its labels are drawn from the "
-            "data set, so name the one that it was trained on (without labels for a model without classes)"
-        )
-    return Draws(seed, next(generator.parameters()).device, class_counts)
+    share = share_of(batch)
+    for start in range(world.rank * share, count, world.size * share):
+        yield from range(start, min(start + share, count), UNIT)
+
+
+def share_of(batch: int) -> int:
+    """`batch` in whole units, at least one."""
+    return -(-batch // UNIT) * UNIT
+
+
+def all_rows(
+    count: int, width: Sequence[int], world: World, rows: Callable[[range], Tensor], told: Told = silent
+) -> Tensor:
+    """[count, *width] fp32 on the CPU of every rank, where `rows` gives those of one unit's positions, [UNIT, *width].
+
+    A collective. told of positions. A `UserError` of one rank is raised on all.
+    """
+    whole = torch.zeros(count, *width, device=world.device)
+    with failing_together():
+        for first in firsts(count, UNIT, world):
+            found = rows(range(first, first + UNIT))[: count - first]
+            whole[first : first + len(found)] = found
+            told(len(found))
+    return sum_over_ranks(whole).cpu()  # a row is zero on all ranks but one
+
+
+def counter(progress: Progress, what: str, total: int, world: World) -> Told:
+    """Counts what this rank has done; `progress` is told of all ranks, taken to be equally far."""
+    done = 0
+
+    def told(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(what, min(done * world.size, total), total)
+
+    told(0)
+    return told

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from torch import Tensor, nn
 
 from hsrgan.engine.distributed import World, failing_together, from_first
@@ -15,45 +17,18 @@ from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics import sampling
 from hsrgan.engine.metrics.features import Features
 from hsrgan.engine.metrics.frechet import INFINITY_COUNTS, fid_infinity, frechet_distance
+from hsrgan.engine.metrics.generator_metrics import GENERATOR_METRICS, GeneratorMetric, Job, Outcome
 from hsrgan.engine.metrics.inception_score import InceptionScore
 from hsrgan.engine.metrics.kid import kid
 from hsrgan.engine.metrics.moments import Gaussian, Moments
 from hsrgan.engine.metrics.names import Metric
+from hsrgan.engine.metrics.positions import Progress, counter
 from hsrgan.engine.metrics.precision_recall import precision_recall
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.model import Generator
 from hsrgan.engine.shards import Manifest
 
-Progress = Callable[[str, int, int], None]  # (what is being done, done, of how many)
 DDOF = {"n-1": 1, "n": 0}  # what covariances are divided by: N − 1, or N as in NVIDIA's StyleGANs
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a metric of a generator alone is given, on every rank. class_counts: of the data set, for drawing labels."""
-
-    metric: Metric
-    generator: Generator
-    seed: int
-    batch: int
-    world: World
-    class_counts: tuple[int, ...]
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """values by name, the main one first; fakes: images made; protocol: what the values depend on, text → text."""
-
-    values: dict[str, float]
-    fakes: int
-    protocol: dict[str, str]
-
-
-# Metrics of a generator alone (path length, separability, linearity), by name: given the rank's world and the caller's
-# `extras`, each loads what it needs, raising `UserError` where that is missing, and gives the function that scores (a
-# collective).
-GENERATOR_METRICS: dict[str, Callable[[World, Mapping[str, Any]], Callable[[Job], Outcome]]] = {}
 
 
 @dataclass
@@ -109,7 +84,8 @@ class Scorer:
         self.seed, self.batch, self.covariance, self.workers = seed, batch, covariance, workers
         self.cache, self.progress = cache, progress
         self.real_statistics: dict[str, Statistics] | None = None
-        self.of_generator: dict[str, Callable[[Job], Outcome]] = {}
+        self.of_generator: dict[str, GeneratorMetric] = {}
+        made: dict[type[GeneratorMetric], GeneratorMetric] = {}
         for metric in self.metrics:
             if metric.reals and manifest is None:
                 raise UserError(f"{metric.name} compares with real images: name their shards with --data")
@@ -119,9 +95,10 @@ class Scorer:
                     f"{metric.name} or the other features out"
                 )
             if not metric.features:
-                if metric.kind not in GENERATOR_METRICS:
-                    raise UserError(f"{metric.name} is not among the metrics of this version: leave it out")
-                self.of_generator[metric.name] = GENERATOR_METRICS[metric.kind](world, extras or {})
+                kind = GENERATOR_METRICS[metric.kind]
+                if kind not in made:
+                    made[kind] = kind(world, extras or {})
+                self.of_generator[metric.name] = made[kind]
         self.reals = {metric.name: self._reals_of(metric) for metric in self.metrics}
 
     def _reals_of(self, metric: Metric) -> int:
@@ -144,10 +121,14 @@ class Scorer:
                     f"{name} makes {size[0]}x{size[1]} images of {channels} channel(s) and {manifest.root} holds "
                     f"{height}x{width} of {manifest.channels}: give the shards that it was trained on"
                 )
+        for metric in self.metrics:
+            if metric.name in self.of_generator:
+                self.of_generator[metric.name].check(metric, generator, name)
 
-    def score(self, generator: Generator) -> list[dict[str, Any]]:
+    def score(self, generator: Generator, label: str = "G") -> list[dict[str, Any]]:
         """One JSON-able result for each metric, the same on every rank. generator: fp32, eval mode, on the device.
 
+        label: what pictures of several generators call this one.
         `seconds` are of the passes, which metrics of one call share, and of the metric's own arithmetic.
         """
         began = time.perf_counter()
@@ -164,13 +145,25 @@ class Scorer:
                     spent = shared
                 else:
                     class_counts = self.manifest.class_counts if generator.c_dim else ()
-                    job = Job(metric, generator, self.seed, self.batch, self.world, class_counts, self.progress)
+                    job = Job(metric, generator, label, self.seed, self.world, class_counts, self.progress)
                     outcome, spent = self.of_generator[metric.name](job), 0.0
                 results.append(self._result(metric, outcome, spent + time.perf_counter() - began))
         return from_first(results)
 
+    def report(self, folder_of: Callable[[str], Path]) -> tuple[list[Table], list[Path]]:
+        """What all generators scored so far tell together: tables, and files in `folder_of(a metric's name)`. On the
+        first rank.
+        """
+        tables, files = [], []
+        for metric in self.metrics:
+            if metric.name in self.of_generator:
+                more_tables, more_files = self.of_generator[metric.name].report(metric, folder_of(metric.name))
+                tables += more_tables
+                files += more_files
+        return tables, files
+
     def _result(self, metric: Metric, outcome: Outcome, seconds: float) -> dict[str, Any]:
-        return {
+        result = {
             "metric": metric.name,
             "value": next(iter(outcome.values.values())),
             "values": outcome.values,
@@ -181,6 +174,7 @@ class Scorer:
             "seconds": round(seconds, 3),
             "dataset_sha256": self.manifest.sha256 if self.manifest else None,
         }
+        return result | ({"details": outcome.details} if outcome.details else {})
 
     def _compare(self, metric: Metric, real: Statistics | None, fake: Statistics, protocol: dict) -> Outcome:
         """Ranks but the first leave out what is not a collective; `score` hands them the first one's results."""
@@ -195,7 +189,9 @@ class Scorer:
                 distances = [self._distance(reals, fake.gaussians[n]) for n in numbers]
             values = [fid_infinity(numbers, distances) if metric.kind == "fid_infinity" else distances[0]]
         elif metric.kind == "kid":
-            values = kid(*self._kept(metric, real, fake), seed=self.seed)
+            label = f"{metric.name}: subsets"
+            sides = self._kept(metric, real, fake)
+            values = kid(*sides, seed=self.seed, progress=lambda done, of: self.progress(label, done, of))
         elif metric.kind == "pr":
             label = f"{metric.name}: neighbours"
             sides = self._kept(metric, real, fake)
@@ -260,17 +256,14 @@ class Scorer:
 
     def _pass(self, units: Iterable[tuple[Tensor, int]], needs: dict[str, Needs], label: str) -> dict[str, Statistics]:
         """Show units of images to the networks, and sum up what they see over the ranks."""
-        device, total = self.world.device, max(need.images for need in needs.values())
         passes = {spec: NetworkPass(self.extractors[spec], need, self) for spec, need in needs.items()}
-        self.progress(label, 0, total)
-        done = 0
+        told = counter(self.progress, label, max(need.images for need in needs.values()), self.world)
         with failing_together():
             for images, first in units:
-                images = images.to(device, non_blocking=True)
+                images = images.to(self.world.device, non_blocking=True)
                 for one in passes.values():
                     one.see(images, first)
-                done += len(images) * self.world.size
-                self.progress(label, min(done, total), total)
+                told(len(images))
         return {spec: one.statistics() for spec, one in passes.items()}
 
     def _facts(self, spec: str, images: int) -> dict[str, object]:

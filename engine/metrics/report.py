@@ -48,6 +48,17 @@ class Bars:
                 self._console.print(line, markup=False, soft_wrap=True)
 
 
+def short_names(snapshots: Sequence[Path]) -> list[str]:
+    """For each path the end of it that tells it from the others, without its suffix."""
+    parts = [path.with_suffix("").parts for path in snapshots]
+    distinct = len(set(parts))
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == distinct:
+            break
+    return names
+
+
 def shown(result: dict) -> str:
     """The values of one result, short: each with the part of its name that is not the metric's."""
     parts = [(name.removeprefix(result["metric"]).strip("_"), value) for name, value in result["values"].items()]
@@ -57,10 +68,11 @@ def shown(result: dict) -> str:
 def comparison_table(results: Sequence[dict]) -> Table:
     """A row for each snapshot, a column for each metric."""
     metrics = list(dict.fromkeys(result["metric"] for result in results))
+    snapshots = list(dict.fromkeys(result["snapshot"] for result in results))
     table = Table("snapshot", *metrics)
-    for snapshot in dict.fromkeys(result["snapshot"] for result in results):
+    for snapshot, name in zip(snapshots, short_names([Path(snapshot) for snapshot in snapshots]), strict=True):
         cells = {result["metric"]: shown(result) for result in results if result["snapshot"] == snapshot}
-        table.add_row(snapshot, *(cells.get(metric, "–") for metric in metrics))
+        table.add_row(name, *(cells[metric] for metric in metrics))
     return table
 
 
@@ -71,8 +83,7 @@ def comparison_chart(results: Sequence[dict], path: Path) -> None:
 
     snapshots = list(dict.fromkeys(result["snapshot"] for result in results))
     names = list(dict.fromkeys(name for r in results for name in r["values"] if not name.endswith("_std")))
-    labels = [Path(snapshot).stem for snapshot in snapshots]
-    labels = labels if len(set(labels)) == len(labels) else snapshots
+    labels = short_names([Path(snapshot) for snapshot in snapshots])
     figure = Figure(figsize=(9, len(names) * (0.8 + 0.35 * len(snapshots))), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):

@@ -1,7 +1,7 @@
 """The images that metrics see: reals, each once, and fakes, every one a function of (seed, position).
 
-Positions are dealt to ranks in units of `features.UNIT` images, and networks run on whole units, so that an image
-comes out, and is seen, the same for any number of ranks and any batch size.
+Networks run on whole units (`positions`), so that an image comes out, and is seen, the same for any number of ranks and
+any batch size.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from hsrgan.engine.data import open_stream
 from hsrgan.engine.distributed import World
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.metrics.features import UNIT, firsts, share_of
+from hsrgan.engine.metrics.fp32 import exact_fp32
+from hsrgan.engine.metrics.positions import UNIT, firsts, share_of
 from hsrgan.engine.model import Generator
 from hsrgan.engine.shards import Manifest
-from hsrgan.kernels import launch
 
 STREAM = 5  # of the draws: 0–3 are the phases', 4 the sample grid's
 PIXELS = 2**19  # that G makes at a time: its activations at 256² then stay near 1 GB
@@ -32,23 +32,31 @@ PIXELS = 2**19  # that G makes at a time: its activations at 256² then stay nea
 def fakes(generator: Generator, draws: Draws, count: int, batch: int, world: World) -> Iterator[tuple[Tensor, int]]:
     """Units (uint8 [UNIT, C, R, R] on the generator's device, first position) of this rank; the last may pass count.
 
-    ψ 1, random noise, labels as `draws` has them. Raises `UserError` for an image that is not finite.
+    ψ 1, random noise, labels as `draws` has them. Raises `UserError` as `synthesised`.
+    """
+    for first in firsts(count, batch, world):
+        positions = range(first, first + UNIT)
+        latents = draws.latents(STREAM, positions, generator.z_dim)
+        noise = draws.noise(STREAM, positions, generator.synthesis.noise_size)
+        ws = generator.mapping(latents.z, latents.c)
+        yield torch.cat([quantised(images) for images in synthesised(generator, ws, noise)]), first
+
+
+def synthesised(generator: nn.Module, ws: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    """Images [n, C, R, R] of ws [N, num_ws, w_dim], n after n; each row of noise [M, noise_size] is that of N/M ws in
+    turn. N is a multiple of UNIT, and n a function of the resolution alone: the rounding may depend on it.
+
+    Raises `UserError` for an image that is not finite.
     """
     piece = max(4, min(UNIT, PIXELS // generator.img_resolution**2))
-    for first in firsts(count, batch, world):
-        latents = draws.latents(STREAM, range(first, first + UNIT), generator.z_dim)
-        images = []
-        for start in range(0, UNIT, piece):
-            noise = draws.noise(STREAM, range(first + start, first + start + piece), generator.synthesis.noise_size)
-            rows = slice(start, start + piece)
-            images.append(generator(latents.z[rows], latents.c[rows], noise=noise))
-        unit = torch.cat(images)
-        if not unit.isfinite().all():
-            raise UserError(
-                f"the generator makes images that are not finite (seed {draws.seed}, position {first} and after): "
-                "its training has diverged, score an earlier snapshot"
-            )
-        yield quantised(unit), first
+    each = len(ws) // len(noise)
+    for start in range(0, len(ws), piece):
+        of = torch.arange(start, start + piece, device=noise.device) // each
+        images = generator.synthesis(ws[start : start + piece], noise=noise[of])
+        if not images.isfinite().all():
+            raise UserError("the model makes images that are not finite: its training has diverged, score an earlier "
+                            "snapshot")
+        yield images
 
 
 def quantised(images: Tensor) -> Tensor:
@@ -94,20 +102,16 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
 
     Inside: no gradients, full fp32, convolutions chosen without timing them (or two ranks might choose differently).
     """
-    devices = sorted({p.device.index for module in modules for p in module.parameters() if p.device.type == "cuda"})
+    parameters = [p for module in modules for p in module.parameters()]
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     python, numpy = random.getstate(), np.random.get_state()
-    tf32, matmul = launch.tf32_allowed(), torch.backends.cuda.matmul.allow_tf32
     cudnn = torch.backends.cudnn
-    flags = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
-    launch.allow_tf32(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = False, True, False
+    flags = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), exact_fp32(parameters[0].device):
             yield
     finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
-        torch.backends.cuda.matmul.allow_tf32 = matmul
-        launch.allow_tf32(tf32)
+        cudnn.benchmark, cudnn.deterministic = flags
         np.random.set_state(numpy)
         random.setstate(python)
