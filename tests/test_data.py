@@ -1,7 +1,6 @@
 """The stream of packed shards: one order for all ranks and workers, exact resuming, and one clear line for bad data."""
 
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -16,33 +15,12 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from PIL import Image
+from shard_fixtures import COUNT, encode, numbers, pack, picture
 
 from hsrgan.engine import data, digits, shards
 from hsrgan.engine.errors import UserError
 
-COUNT, SHARD_SIZE, WINDOW = 103, 10, 3  # ten whole shards and one of 3: uneven, and a last block of 2 shards
-
-
-def encode(image, image_format="png"):
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, data._PIL_FORMATS[image_format], quality=90)
-    return out.getvalue()
-
-
-def picture(i):
-    """4×4 RGB whose left half says its number + 1 in red and whose right half is blue, so that a flip shows."""
-    image = np.zeros((4, 4, 3), np.uint8)
-    image[:, :2, 0], image[:, 2:, 2] = i + 1, 200
-    return image
-
-
-def pack(folder, count=COUNT, classes=5, picture=picture, **options):
-    options = {"resolution": (4, 4), "channels": 3, "shard_size": SHARD_SIZE} | options
-    with shards.ShardWriter(folder, class_names=[f"c{k}" for k in range(classes)], **options) as writer:
-        for i in range(count):
-            writer.add(encode(picture(i), options.get("image_format", "png")), i % classes if classes else None)
-    return shards.load_manifest(folder)
+WINDOW = 3  # so that the last block has 2 shards
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +37,6 @@ def own(manifest, tmp_path):
 
 def open_stream(manifest, **options):
     return data.open_stream(manifest, **({"seed": 7, "start": 0, "global_batch": 16, "window": WINDOW} | options))
-
-
-def numbers(images):
-    return (images[:, 0].amax((1, 2)) - 1).tolist()
 
 
 def read(manifest, batches, **options):
@@ -215,6 +189,8 @@ DAMAGE = {
     "label out of range": (lambda r: replace_sample(r, encode(picture(4)), b"5"), "sample 4 .* label b'5', .* 0 to 4"),
     "label not a number": (lambda r: replace_sample(r, encode(picture(4)), b"cat"), "sample 4 of .* label b'cat'"),
     "no manifest": (lambda r: (r / "manifest.json").unlink(), "there is no .*manifest.json: make it"),
+    "no hash": (lambda r: edit_manifest(r, lambda m: m["shards"][0].update(sha256="../x")), "00000.tar has no SHA-256"),
+    "shard by URL": (lambda r: edit_manifest(r, lambda m: m["shards"][0].update(name="pipe:cat x.tar")), "misnamed"),
     "unfinished": (lambda r: (r / "manifest.json").rename(r / "manifest.json.part"), "is not finished"),
     "manifest cut": (lambda r: cut(r / "manifest.json", -30), "manifest.json is damaged"),
     "manifest not ours": (lambda r: (r / "manifest.json").write_text("[]"), "manifest.json is damaged"),

@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import hsrgan.tools.pack as pack_tool
-from hsrgan.engine import data, shards
+from hsrgan.engine import data, shards, tar_index
 from hsrgan.engine.errors import UserError
 
 SCRIPT = Path(pack_tool.__file__)
@@ -240,7 +240,7 @@ def fragments(manifest, suffix):
     for shard in manifest.shards:
         raw, offsets = (manifest.root / shard.name).read_bytes(), np.load(manifest.root / shard.offsets_name)
         for begin, end in itertools.pairwise(offsets):
-            yield data.read_fragment(raw[int(begin) : int(end)])[suffix]
+            yield tar_index.read_fragment(raw[int(begin) : int(end)])[suffix]
 
 
 def test_packing_permutes_by_seed_and_repeats_exactly(tmp_path):
