@@ -231,7 +231,7 @@ class Ahead:
     """Fetches shards in a thread while others are read. What fails is left to the reader, who will meet it."""
 
     def __init__(self, manifest: Manifest):
-        self._manifest = manifest
+        self._manifest, self._closed = manifest, False
         self._wanted: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True, name="fetch-ahead").start()
 
@@ -240,11 +240,12 @@ class Ahead:
             self._wanted.put(self._manifest.shards[number])
 
     def close(self) -> None:
+        self._closed = True
         self._wanted.put(None)
 
     def _run(self) -> None:
         while (shard := self._wanted.get()) is not None:
             url = self._manifest.location(shard)
-            if transport.scheme_of(url):
+            if transport.scheme_of(url) and not self._closed:
                 with contextlib.suppress(UserError):
                     self._manifest.cache.prefetch(shard, url)

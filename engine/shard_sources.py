@@ -36,8 +36,7 @@ from hsrgan.engine.errors import UserError
 from hsrgan.engine.shard_cache import GB, ShardCache, claimed
 from hsrgan.engine.shards import IMAGE_FORMATS, MANIFEST, Manifest, Shard, load_manifest, parse_manifest
 from hsrgan.engine.tar_index import sample_offsets
-from hsrgan.engine.tensor_files import sha256_of
-from hsrgan.engine.transport import check_scheme, fetch_text, scheme_of
+from hsrgan.engine.transport import CHUNK, check_scheme, fetch_text, scheme_of
 
 MOST_CLASSES = 100_000  # a larger number in a .cls is not taken for a class
 _CHANNELS = {"L": 1, "RGB": 3}
@@ -66,7 +65,7 @@ def open_shards(
     if single and _is_manifest(single):
         if not scheme_of(single):
             return dataclasses.replace(load_manifest(single), max_bad=max_bad)
-        url = urllib.parse.urljoin(single, MANIFEST) if single.endswith("/") else single
+        url = single + MANIFEST if single.endswith("/") else single
         manifest = parse_manifest(fetch_text(url, allow_shell=allow_shell), url.rpartition("/")[0], url)
         store = ShardCache(folder, int(cache_gb * GB), allow_shell=allow_shell)
         return dataclasses.replace(manifest, cache=store, max_bad=max_bad)
@@ -216,7 +215,10 @@ def _read_through(location: str, index: Path, store: ShardCache) -> _Entry:
         descriptor, sha256, size = store.adopt(location)
     else:
         descriptor = os.open(location, os.O_RDONLY)
-        sha256, size = sha256_of(location), os.fstat(descriptor).st_size
+        size, digest = os.fstat(descriptor).st_size, hashlib.sha256()
+        for at in range(0, size, CHUNK):
+            digest.update(os.pread(descriptor, CHUNK, at))
+        sha256 = digest.hexdigest()
     with open(descriptor, "rb") as file:
         try:
             offsets = sample_offsets(file, look)

@@ -68,6 +68,8 @@ def read_fragment(fragment: bytes) -> dict[str, bytes]:
     """
     files: dict[str, bytes] = {}
     at, key = 0, None
+    if not fragment:
+        raise ValueError("its shard ends before it")
     while at < len(fragment):
         header = fragment[at : at + BLOCK]
         if header[257:262] != b"ustar" or header[156:157] not in (b"0", b"\0") or header[345:346] != b"\0":
