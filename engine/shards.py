@@ -21,7 +21,7 @@ import os
 import re
 import tarfile
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO
@@ -273,13 +273,8 @@ class ShardWriter:
         self.image_format = image_format
         self.shard_size = shard_size
         self._class_counts = [0] * len(class_names)
-        self._head = {
-            "format": FORMAT,
-            "source": source,
-            "resolution": list(resolution),
-            "channels": channels,
-            "encoding": {"format": image_format, "quality": quality},
-        }
+        self._facts = {"resolution": resolution, "channels": channels, "image_format": image_format}
+        self._facts |= {"quality": quality, "source": source}
         self._class_names = list(class_names)
         self._shards: list[Shard] = []
         self.count = 0
@@ -290,12 +285,7 @@ class ShardWriter:
         if (self.folder / MANIFEST).exists():
             os.replace(self.folder / MANIFEST, self._mark)
         self._mark.touch()
-        self._remove_shards()
-
-    def _remove_shards(self) -> None:
-        for file in self.folder.iterdir():
-            if file != self._mark and _OURS.fullmatch(file.name):
-                file.unlink()
+        remove_shards(self.folder)
 
     def add(self, image: bytes, label: int | None = None) -> None:
         """Append one encoded image, with its class when the data set has classes."""
@@ -318,22 +308,13 @@ class ShardWriter:
         """End the last shard and write the manifest, which makes the data set complete."""
         if self._shard is not None:
             self._end_shard()
-        labels = {
-            "num_classes": len(self._class_names),
-            "class_names": self._class_names,
-            "class_counts": self._class_counts,
-        }
-        manifest = self._head | {"count": self.count, "labels": labels, "shards": [asdict(s) for s in self._shards]}
-        with open(self._mark, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            _sync_and_close(file)
-        os.replace(self._mark, self.folder / MANIFEST)
+        write_manifest(self.folder, self._shards, self._class_names, self._class_counts, **self._facts)
 
     def abort(self) -> None:
         """Remove everything this writer wrote."""
         if self._shard is not None:
             self._shard.drop()
-        self._remove_shards()
+        remove_shards(self.folder)
         self._mark.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
@@ -344,6 +325,47 @@ class ShardWriter:
             self.close()
         else:
             self.abort()
+
+
+def remove_shards(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove every shard and sidecar, whole or not, but those named in `keep`."""
+    for file in folder.iterdir():
+        if _OURS.fullmatch(file.name) and not file.name.startswith(MANIFEST) and file.name not in keep:
+            file.unlink()
+
+
+def write_manifest(
+    folder: Path,
+    shards: Sequence[Shard],
+    class_names: Sequence[str],
+    class_counts: Sequence[int],
+    *,
+    resolution: tuple[int, int],
+    channels: int,
+    image_format: str,
+    quality: int | None,
+    source: str,
+) -> None:
+    """The last step of packing: manifest.json appears and manifest.json.part goes. Arguments as `ShardWriter`'s."""
+    manifest = {
+        "format": FORMAT,
+        "source": source,
+        "resolution": list(resolution),
+        "channels": channels,
+        "encoding": {"format": image_format, "quality": quality},
+        "count": sum(shard.count for shard in shards),
+        "labels": {
+            "num_classes": len(class_names),
+            "class_names": list(class_names),
+            "class_counts": list(class_counts),
+        },
+        "shards": [asdict(shard) for shard in shards],
+    }
+    mark = folder / (MANIFEST + ".part")
+    with open(mark, "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        _sync_and_close(file)
+    os.replace(mark, folder / MANIFEST)
 
 
 def check_target(folder: Path, *, force: bool) -> None:
