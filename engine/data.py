@@ -154,6 +154,8 @@ class Reader:
         finally:
             if ahead:
                 ahead.close()
+            while self._open:
+                os.close(self._open.popitem()[1][0])
 
     def _item(self, number: int, index: int, flip: bool) -> Item:
         shard, news = self.manifest.shards[number], []

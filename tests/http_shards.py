@@ -6,7 +6,7 @@ import http.server
 import threading
 from pathlib import Path
 
-STALLED = 2.0  # seconds at most that a stalled answer holds its thread
+STALLED = 30.0  # seconds at most that a stalled answer holds its thread; less where the test ends before
 
 
 class Server(http.server.ThreadingHTTPServer):

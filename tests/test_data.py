@@ -1,5 +1,6 @@
 """The stream of packed shards: one order for all ranks and workers, exact resuming, and one clear line for bad data."""
 
+import gc
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ import webdataset as wds
 from shard_fixtures import COUNT, encode, numbers, pack, picture
 
 from hsrgan.engine import data, digits, shards
-from hsrgan.engine.errors import UserError
+from hsrgan.engine.errors import UserError, user_errors
 
 WINDOW = 3  # so that the last block has 2 shards
 
@@ -286,6 +287,21 @@ def test_few_descriptors_stay_open(manifest):
     for _ in range(20):
         next(stream)
     assert len(os.listdir("/proc/self/fd")) - before <= 2
+    stream.close()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_rank_that_alone_meets_bad_data_says_so_itself(own, capsys):
+    """All others are told by the first rank, and would wait for its line in vain."""
+    overwrite(own / "00002.tar", 1536, b"x" * 64)
+    with pytest.raises(SystemExit), user_errors(quiet=True):
+        for _ in open_stream(shards.load_manifest(own), rank=1, world=2):
+            pass
+    assert capsys.readouterr().err.startswith("error: rank 1: sample 0 of ")
+    with pytest.raises(SystemExit), user_errors(quiet=True):
+        raise UserError("what every rank has met")
+    assert capsys.readouterr().err == ""
 
 
 # As in training: OpenMP threads run in the main process before, while and after workers are forked; handlers are set.

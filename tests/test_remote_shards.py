@@ -75,8 +75,9 @@ def test_four_processes_against_every_fault_get_all_bytes_right(packed, server, 
                                             ["stall", "500", "cut", "short", "corrupt"]), strict=False):  # fmt: skip
         server.faults[shard.name] = list(fault)
     expected = {name: len(wanted) + 1 for name, wanted in server.faults.items()}
-    manifest = remote(server, tmp_path)
+    manifest, began = remote(server, tmp_path), time.monotonic()
     assert sequence(manifest, 15, world=2, workers=2) == sequence(packed, 15)
+    assert time.monotonic() - began < 25  # a stalled answer would take 30 s to end by itself
     wanted = {shard.name: expected.get(shard.name, 1) for shard in packed.shards}
     assert server.requests == {"manifest.json": 1} | wanted
     assert sorted(in_cache(tmp_path)) == sorted(f"{shard.sha256}.tar" for shard in packed.shards)
