@@ -46,7 +46,7 @@ class Section(BaseModel):
 class Data(Section):
     """Where the images come from: exactly one of `shards` and `builtin`."""
 
-    shards: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # folder with manifest.json, or the manifest
+    shards: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # what it may say: engine/shard_sources.py
     builtin: Literal["digits"] | None = None        # scikit-learn's digits, packed on first use
     resolution: int = Field(ge=8, le=MAX_RESOLUTION, description=f"a power of two from 8 to {MAX_RESOLUTION}")
     channels: Literal[1, 3] = 3                     # grey or RGB
@@ -54,6 +54,11 @@ class Data(Section):
     labels: bool = False                            # train conditionally on the manifest's classes
     workers: WholeOrZero = 2                        # loader processes per rank
     window: Whole = 16                              # shards shuffled together
+    resampled: bool = False                         # endless random shards instead of epochs
+    max_bad: Share = 0.01                           # share of images that may be unusable and replaced; 0 = none
+    cache: Annotated[Text, Field(description=NOT_EMPTY)] | None = None  # folder; null = ~/.cache/hsrgan/shards
+    cache_gb: Positive = 64.0                       # 10⁹ bytes that fetched shards may take on this machine
+    allow_shell: bool = False                       # pipe: and other URLs that run a program
 
 
 class Generator(Section):
@@ -340,7 +345,8 @@ def check_paths(recipe: Recipe) -> None:
     if recipe.metrics:
         paths["metrics.attributes"] = recipe.metrics.attributes
     for key, path in paths.items():
-        if path and not Path(path).exists():
+        pattern = key == "data.shards" and path and any(mark in path for mark in (":", "{"))
+        if path and not pattern and not Path(path).exists():
             raise UserError(f"{key}: {path} does not exist (looked for from {Path.cwd()})")
 
 

@@ -11,7 +11,7 @@ from hsrgan.engine.aside import written_aside
 
 PANELS = {"loss": "loss", "penalty": "regulariser", "score": "D's score"}  # panel: its vertical axis
 MOST_POINTS = 500  # of one curve
-NOT_CURVES = frozenset({"kimg", "images", "seconds", "img_s", "ram_gib", "gpu_gib", "since_best"})
+NOT_CURVES = frozenset({"kimg", "images", "seconds", "img_s", "ram_gib", "gpu_gib", "since_best", "bad_share"})
 METRIC = "metric/"  # begins the names of published metrics, each with a panel of its own: their scales differ
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
-import io
+import itertools
 import multiprocessing
 import os
 import signal
@@ -20,36 +20,67 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hsrgan.engine.errors import UserError
+from hsrgan.engine.errors import LocalError, UserError
+from hsrgan.engine.faults import BAD, DataFaults
+from hsrgan.engine.samples import BadSample, decode
+from hsrgan.engine.shard_cache import Ahead
 from hsrgan.engine.shards import Manifest, Shard
+from hsrgan.engine.transport import scheme_of
 
-_SHARD_ORDER, _SAMPLE_ORDER, _MIRROR = range(3)  # streams of random bits, kept apart in Philox's counter
-_MODES = {1: "L", 3: "RGB"}
-_PIL_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+_SHARD_ORDER, _SAMPLE_ORDER, _MIRROR, _DRAW = range(4)  # streams of random bits, kept apart in Philox's counter
 _REMEDY = "copy it again, or pack the data set again with tools/pack.py"
 
 Place = tuple[int, int, bool]  # shard number, sample in the shard, flipped left to right or not
+Item = tuple[np.ndarray, int, bool, list[dict]]  # uint8 [H,W,C], class or -1, whether replaced, what there is to tell
 
 
 class Plan:
-    """Where the image of each position lies. Remembers the block it was last asked about; a new one costs a sort."""
+    """Where the image of each position lies. Remembers the block it was last asked about; a new one costs a sort.
 
-    def __init__(self, counts: list[int], seed: int, window: int):
+    resampled: block b holds `window` shards drawn with replacement by the bits of Philox(seed, b), in as many
+    positions as the average window has samples: of a larger draw some are left out, of a smaller one some come twice.
+    """
+
+    def __init__(self, counts: list[int], seed: int, window: int, *, resampled: bool = False):
         self.counts = np.array(counts, np.int64)
         self.total = int(self.counts.sum())
-        self.seed, self.window = seed, window
+        self.seed, self.window, self.resampled = seed, window, resampled
         self._epoch = self._block = -1
+        self._draw_size = max(1, round(self.total * window / len(counts)))
 
-    def _bits(self, size: int, stream: int, block: int = 0) -> np.ndarray:
+    @property
+    def block(self) -> tuple[int, int]:
+        """Which block was last asked about."""
+        return self._epoch, self._block
+
+    def next_shards(self) -> list[int]:
+        """The shards of the block after it."""
+        if self.resampled:
+            return self._drawn(self._epoch + 1).tolist()
+        first = (self._block + 1) * self.window
+        if first < len(self.counts):
+            return self._shards[first : first + self.window].tolist()
+        return self._order(len(self.counts), _SHARD_ORDER, epoch=self._epoch + 1)[: self.window].tolist()
+
+    def _bits(self, size: int, stream: int, block: int = 0, epoch: int | None = None) -> np.ndarray:
         """uint64 [size]. Raw Philox and a stable sort: unlike Generator.permutation, NumPy never changes them."""
-        key = np.array([self.seed, self._epoch], np.uint64)
+        key = np.array([self.seed, self._epoch if epoch is None else epoch], np.uint64)
         return np.random.Philox(key=key, counter=np.array([0, 0, stream, block], np.uint64)).random_raw(size)
 
-    def _order(self, size: int, stream: int, block: int = 0) -> np.ndarray:
-        return np.argsort(self._bits(size, stream, block), kind="stable")
+    def _order(self, size: int, stream: int, block: int = 0, epoch: int | None = None) -> np.ndarray:
+        return np.argsort(self._bits(size, stream, block, epoch), kind="stable")
+
+    def _drawn(self, draw: int) -> np.ndarray:
+        return (self._bits(self.window, _DRAW, epoch=draw) % np.uint64(len(self.counts))).astype(np.int64)
+
+    def _enter_draw(self, draw: int) -> None:
+        """A draw is an epoch of one block."""
+        self._epoch = draw
+        self._shards = self._drawn(draw)
+        self._starts = np.array([0])
+        self._enter_block(0)
 
     def _enter_epoch(self, epoch: int) -> None:
         self._epoch, self._block = epoch, -1
@@ -69,6 +100,12 @@ class Plan:
         self._flip_of = self._bits(size, _MIRROR, block) >> np.uint64(63)
 
     def __getitem__(self, position: int) -> Place:
+        if self.resampled:
+            draw, i = divmod(position, self._draw_size)
+            if draw != self._epoch:
+                self._enter_draw(draw)
+            i %= len(self._shard_of)
+            return int(self._shard_of[i]), int(self._sample_of[i]), bool(self._flip_of[i])
         epoch, at = divmod(position, self.total)
         if epoch != self._epoch:
             self._enter_epoch(epoch)
@@ -91,68 +128,81 @@ def _places(plan: Plan, start: int, global_batch: int, rank: int, world: int) ->
         number += step
 
 
-class Fetch:
-    """Pipeline stage: places -> (webdataset sample, shard, sample number, flip), with one `pread` a sample.
+class Reader:
+    """Pipeline stage: places -> items, with one `pread` a sample.
 
     Keeps the descriptors and offsets of the shards used last: two windows, since a batch may straddle two blocks.
+    A sample that cannot be used gives way to the next one in its shard that can, and a shard's first follows on its
+    last: a function of the place alone, so that any number of ranks and workers sees the same.
     """
 
-    def __init__(self, manifest: Manifest, window: int):
-        self.manifest = manifest
-        self.keep = 2 * window
+    def __init__(self, manifest: Manifest, plan: Plan, mirror: bool):
+        self.manifest, self.plan, self.mirror = manifest, plan, mirror
+        self.keep = 2 * plan.window
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
 
-    def __call__(self, places: Iterator[Place]) -> Iterator[tuple[dict, Shard, int, bool]]:
-        for number, index, flip in places:
-            shard = self.manifest.shards[number]
-            yield self._sample(number, shard, index), shard, index, flip
+    def __call__(self, places: Iterator[Place]) -> Iterator[Item]:
+        ahead, block = Ahead(self.manifest) if self.manifest.cache else None, None
+        worker = get_worker_info()
+        mine = slice(worker.id, None, worker.num_workers) if worker else slice(None)
+        try:
+            for number, index, flip in places:
+                if ahead and self.plan.block != block:
+                    block = self.plan.block
+                    ahead.want(self.plan.next_shards()[mine])
+                yield self._item(number, index, flip)
+        finally:
+            if ahead:
+                ahead.close()
+            while self._open:
+                os.close(self._open.popitem()[1][0])
+
+    def _item(self, number: int, index: int, flip: bool) -> Item:
+        shard, news = self.manifest.shards[number], []
+        for step in range(shard.count):
+            at = (index + step) % shard.count
+            try:
+                pixels, label = decode(self._fragment(number, shard, at), self.manifest)
+                break
+            except BadSample as fault:
+                where = self.manifest.location(shard)
+                if not self.manifest.max_bad:
+                    raise UserError(f"sample {at} of {where} {fault}: {_REMEDY}") from None
+                news.append({"event": BAD, "shard": shard.name, "sample": at, "reason": str(fault)})
+        else:
+            raise UserError(f"no sample of {where} can be used, the last {news[-1]['reason']}: {_REMEDY}")
+        if self.manifest.cache:
+            news += [self.manifest.cache.news.popleft() for _ in range(len(self.manifest.cache.news))]
+        return (pixels[:, ::-1] if self.mirror and flip else pixels), label, bool(step), news
+
+    def _fragment(self, number: int, shard: Shard, index: int) -> bytes:
+        descriptor, offsets = self._shard(number, shard)
+        begin, end = int(offsets[index]), int(offsets[index + 1])
+        try:
+            return os.pread(descriptor, end - begin, begin)
+        except OSError as error:
+            raise UserError(f"cannot read {self.manifest.location(shard)} ({error.strerror}): {_REMEDY}") from None
 
     def _shard(self, number: int, shard: Shard) -> tuple[int, np.ndarray]:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        offsets = _load_offsets(self.manifest, shard)
-        try:
-            descriptor = os.open(self.manifest.root / shard.name, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"cannot open {self.manifest.root / shard.name} ({error.strerror}): {_REMEDY}") from None
-        self._open[number] = descriptor, offsets
+        where = self.manifest.location(shard)
+        if scheme_of(where):
+            self._open[number] = self.manifest.cache.open(shard, where)
+        else:
+            offsets = _load_offsets(self.manifest, shard)
+            try:
+                self._open[number] = os.open(where, os.O_RDONLY), offsets
+            except OSError as error:
+                raise UserError(f"cannot open {where} ({error.strerror}): {_REMEDY}") from None
         if len(self._open) > self.keep:
             os.close(self._open.popitem(last=False)[1][0])
-        return descriptor, offsets
-
-    def _sample(self, number: int, shard: Shard, index: int) -> dict:
-        descriptor, offsets = self._shard(number, shard)
-        begin, end = int(offsets[index]), int(offsets[index + 1])
-        fragment = os.pread(descriptor, end - begin, begin)
-        try:
-            return read_fragment(fragment)
-        except ValueError as error:
-            raise _bad_sample(self.manifest, shard, index, f"is damaged ({error})") from None
-
-
-def read_fragment(fragment: bytes) -> dict[str, bytes]:
-    """The files of one sample, by suffix: {"png": …, "cls": …}. Anything but whole ustar members is a `ValueError`.
-
-    2 µs; tarfile under webdataset's expander takes 100, where decoding a 16×16 image takes 50.
-    """
-    files = {}
-    at = 0
-    while at < len(fragment):
-        header = fragment[at : at + 512]
-        if header[257:262] != b"ustar":
-            raise ValueError("no tar header where its offset points")
-        size = int(header[124:135], 8)
-        begin, at = at + 512, at + 512 + -(-size // 512) * 512
-        suffix = header[:100].rstrip(b"\0").partition(b".")[2].decode()
-        files[suffix] = fragment[begin : begin + size]
-    if at != len(fragment):
-        raise ValueError("its tar members do not end at the next offset")
-    return files
+        return self._open[number]
 
 
 def _load_offsets(manifest: Manifest, shard: Shard) -> np.ndarray:
-    file = manifest.root / shard.offsets_name
+    file = manifest.offsets_path(shard)
     try:
         offsets = np.load(file, allow_pickle=False)
         if offsets.shape != (shard.count + 1,) or offsets.dtype != np.uint64:
@@ -165,40 +215,10 @@ def _load_offsets(manifest: Manifest, shard: Shard) -> np.ndarray:
     return offsets
 
 
-def _bad_sample(manifest: Manifest, shard: Shard, index: int, fault: str) -> UserError:
-    return UserError(f"sample {index} of {manifest.root / shard.name} {fault}: {_REMEDY}")
-
-
-def _decode(item: tuple[dict, Shard, int, bool], manifest: Manifest, mirror: bool) -> tuple[np.ndarray, int]:
-    """-> (uint8 [H,W,C], class; -1 without labels)."""
-    sample, shard, index, flip = item
-    bad = functools.partial(_bad_sample, manifest, shard, index)
-    data = sample.get(manifest.image_format)
-    if data is None:
-        raise bad(f"has no .{manifest.image_format} image")
-    try:
-        image = Image.open(io.BytesIO(data), formats=[_PIL_FORMATS[manifest.image_format]])
-        image.load()
-    except Exception as error:  # a damaged image makes PIL raise nearly anything
-        raise bad(f"is no whole {manifest.image_format} image ({error})") from None
-    height, width = manifest.resolution
-    if image.size != (width, height):
-        raise bad(f"is {image.width}x{image.height}, its manifest says {width}x{height}")
-    if image.mode != _MODES[manifest.channels]:
-        raise bad(f"is a {image.mode} image, its manifest says {manifest.channels} channel(s)")
-    label = -1
-    if manifest.num_classes:
-        text = sample.get("cls", b"")
-        label = int(text) if text.isdigit() else -1
-        if not 0 <= label < manifest.num_classes:
-            raise bad(f"has the label {text!r}, its manifest says 0 to {manifest.num_classes - 1}")
-    pixels = np.asarray(image).reshape(height, width, manifest.channels)
-    return (pixels[:, ::-1] if mirror and flip else pixels), label
-
-
-def _collate(samples: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor, list[int]]:
+def _collate(items: list[Item]) -> tuple[torch.Tensor, list[int], int, list[dict]]:
     # Labels stay integers until they reach the main process: a second shared tensor would double the cost of a batch.
-    return torch.from_numpy(np.stack([pixels for pixels, _ in samples])), [label for _, label in samples]
+    pixels, labels, replaced, news = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(pixels)), list(labels), sum(replaced), list(itertools.chain.from_iterable(news))
 
 
 class _ErrorsAsItems(IterableDataset):
@@ -215,12 +235,14 @@ class _ErrorsAsItems(IterableDataset):
 
 
 def check_shards(manifest: Manifest) -> None:
-    """Raise `UserError` for a shard that is missing or not of the size its manifest states: one `stat` a file."""
+    """Raise `UserError` for a shard here that is missing or not of the size its manifest states: one `stat` a file."""
     for shard in manifest.shards:
-        path = manifest.root / shard.name
+        path = manifest.location(shard)
+        if scheme_of(path):
+            continue  # checked as it is fetched
         try:
             size = os.stat(path).st_size
-            os.stat(manifest.root / shard.offsets_name)
+            os.stat(manifest.offsets_path(shard))
         except OSError as error:
             raise UserError(f"{error.filename} is missing ({error.strerror}): {_REMEDY}") from None
         if size != shard.bytes:
@@ -247,6 +269,8 @@ def open_stream(
     workers: int = 0,
     window: int = 16,
     mirror: bool = False,
+    resampled: bool = False,
+    faults: DataFaults | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches (images uint8 [M,C,H,W], labels float32 [M,num_classes] one-hot), M = global_batch / world.
 
@@ -255,8 +279,11 @@ def open_stream(
     the images seen so far. mirror: half of the positions, fixed by seed and position, are flipped left to right.
     The images are in channels_last memory (how decoders write them). Batches read ahead are not counted anywhere.
 
-    Shards are checked for presence and size before this returns; a bad sample raises when its turn comes; both raise
-    `UserError`. Workers start here and decode ahead at once, so open the stream before the long part of a start-up.
+    Shards are checked for presence and size before this returns, remote ones as they come. A sample that cannot be
+    used is replaced (`Reader`) where the manifest's `max_bad` is not 0, and told to `faults`, whose owner decides; with
+    neither, and for everything else, `UserError`. resampled: the shards of every block are drawn anew, with
+    replacement, so that there is no epoch. Workers start here and decode ahead at once, so open the stream before the
+    long part of a start-up.
 
     Workers are forked, on purpose: they start in milliseconds, whereas a spawned or fork-served worker would import the
     launching script with torch and DeepSpeed again. What makes a fork of such a process unsafe stays unused in them:
@@ -265,11 +292,12 @@ def open_stream(
     if global_batch % world:
         raise ValueError(f"global_batch {global_batch} is not divisible by world {world}")
     check_shards(manifest)
-    plan = Plan([shard.count for shard in manifest.shards], seed, window)
+    if manifest.cache:
+        manifest.cache.check(manifest, window)
+    plan = Plan([shard.count for shard in manifest.shards], seed, window, resampled=resampled)
     pipeline = wds.DataPipeline(
         functools.partial(_places, plan, start, global_batch, rank, world),
-        Fetch(manifest, window),
-        wds.map(functools.partial(_decode, manifest=manifest, mirror=mirror)),
+        Reader(manifest, plan, mirror),
         wds.batched(global_batch // world, collation_fn=_collate, partial=False),
     )
     loader = DataLoader(
@@ -280,15 +308,19 @@ def open_stream(
         multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
         pin_memory=torch.cuda.is_available(),  # or each copy to the GPU would first wait for it
     )
-    return _batches(iter(loader), manifest.num_classes)
+    faults = faults or DataFaults(manifest)
+    return _batches(iter(loader), manifest.num_classes, faults, f"rank {rank}: " if world > 1 else "")
 
 
-def _batches(items: Iterator, num_classes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(
+    items: Iterator, num_classes: int, faults: DataFaults, whose: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     try:
         for item in items:
             if isinstance(item, UserError):
-                raise item
-            images, classes = item
+                raise LocalError(f"{whose}{item}") from None
+            images, classes, replaced, news = item
+            faults.note(len(classes), replaced, news)
             labels = torch.zeros(len(classes), num_classes)
             if num_classes:
                 labels[torch.arange(len(classes)), torch.tensor(classes)] = 1

@@ -15,18 +15,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import tarfile
+import urllib.parse
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import webdataset as wds
 
 from hsrgan.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from hsrgan.engine.shard_cache import ShardCache
 
 FORMAT = "hsrgan-shards-1"
 MANIFEST = "manifest.json"
@@ -50,10 +55,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed data set holds. `resolution` is (height, width); `num_classes` is 0 without labels; `sha256` is
-    that of the manifest file itself and names the data set."""
+    """What a data set holds. `resolution` is (height, width); `num_classes` is 0 without labels; `sha256` is that of
+    the manifest file itself and names the data set.
 
-    root: Path
+    root     folder of the shards, or its URL; for shards listed one by one, the list as the user wrote it
+    index    folder of `<sha256>.npy`, the offsets of shards that are listed one by one, whose names are then complete
+    cache    holds what is fetched from URLs
+    max_bad  share of samples that may be unusable and are then replaced; 0 = none, the first one is an error
+    """
+
+    root: Path | str
     resolution: tuple[int, int]
     channels: int
     count: int
@@ -64,6 +75,21 @@ class Manifest:
     class_counts: tuple[int, ...]
     shards: tuple[Shard, ...]
     sha256: str
+    index: Path | None = None
+    cache: ShardCache | None = field(default=None, compare=False, repr=False)
+    max_bad: float = 0.0
+
+    def location(self, shard: Shard) -> str:
+        """Path or URL of a shard."""
+        if self.index is not None:
+            return shard.name
+        if isinstance(self.root, str):
+            return f"{self.root}/{urllib.parse.quote(shard.name)}"
+        return str(self.root / shard.name)
+
+    def offsets_path(self, shard: Shard) -> Path:
+        """Of a shard on this machine."""
+        return self.index / f"{shard.sha256}.npy" if self.index is not None else self.root / shard.offsets_name
 
     def expect(self, *, resolution: int, channels: int, labels: bool) -> None:
         """Raise `UserError` unless these shards are what a recipe asks for."""
@@ -97,14 +123,19 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
         raise UserError(f"there is no {file}: make it with tools/pack.py SOURCE {file.parent}") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
+    return parse_manifest(raw, file.parent, file)
+
+
+def parse_manifest(raw: bytes, root: Path | str, file: Path | str) -> Manifest:
+    """The manifest `raw`, whose shards lie in `root`; `file` is how an error names it."""
     try:
-        return _parse(raw, file.parent)
+        return _parse(raw, root)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{file} is damaged ({reason}): copy it again, or pack the data set again") from None
 
 
-def _parse(raw: bytes, root: Path) -> Manifest:
+def _parse(raw: bytes, root: Path | str) -> Manifest:
     data = json.loads(raw)
     if data["format"] != FORMAT:
         raise ValueError(f"format {data['format']!r} is not {FORMAT!r}")
@@ -127,8 +158,11 @@ def _parse(raw: bytes, root: Path) -> Manifest:
         raise ValueError(f"image format {manifest.image_format!r} is not one of {', '.join(IMAGE_FORMATS)}")
     if manifest.count < 1 or sum(shard.count for shard in manifest.shards) != manifest.count:
         raise ValueError(f"its shards do not add up to {manifest.count} images")
-    if any(shard.count < 1 or not re.fullmatch(r"[^/\\]+\.tar", shard.name) for shard in manifest.shards):
-        raise ValueError("a shard is empty or misnamed")
+    for shard in manifest.shards:  # names are of files beside the manifest; the hash names the file in a cache
+        if shard.count < 1 or not re.fullmatch(r"[^/\\:]+\.tar", shard.name):
+            raise ValueError("a shard is empty or misnamed")
+        if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+            raise ValueError(f"{shard.name} has no SHA-256")
     if not len(manifest.class_names) == len(manifest.class_counts) == manifest.num_classes:
         raise ValueError(f"it does not name and count its {manifest.num_classes} classes")
     return manifest
@@ -159,6 +193,53 @@ class _Hashing:
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
         return self.file.write(data)
+
+
+class ShardFile:
+    """One shard being written: `<number>.tar.part` until `end` makes it whole, its offsets beside it."""
+
+    def __init__(self, folder: Path, number: int, image_format: str):
+        self._base, self._image_format = folder / f"{number:05d}", image_format
+        self._file = open(f"{self._base}.tar.part", "wb")  # noqa: SIM115  (closed in end, or by drop)
+        self._sink = _Hashing(self._file)
+        self._tar = tarfile.open(fileobj=self._sink, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._offsets = [0]
+
+    @property
+    def count(self) -> int:
+        return len(self._offsets) - 1
+
+    def add(self, key: str, image: bytes, label: int | None) -> None:
+        if label is not None:
+            self._member(f"{key}.cls", str(label).encode())
+        self._member(f"{key}.{self._image_format}", image)
+        self._offsets.append(self._tar.offset)
+
+    def _member(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)  # mtime 0, an int: a float one would cost a PAX header a file
+        member.size, member.mode, member.uname, member.gname = len(data), 0o444, "bigdata", "bigdata"
+        self._tar.addfile(member, io.BytesIO(data))
+
+    def end(self) -> Shard:
+        self._tar.close()
+        size = self._file.tell()
+        _sync_and_close(self._file)
+        with open(f"{self._base}.npy.part", "wb") as file:
+            np.save(file, np.array(self._offsets, np.uint64))
+        os.replace(f"{self._base}.npy.part", f"{self._base}.npy")
+        os.replace(f"{self._base}.tar.part", f"{self._base}.tar")
+        return Shard(f"{self._base.name}.tar", self.count, self._sink.sha256.hexdigest(), size)
+
+    def drop(self) -> None:
+        with contextlib.suppress(OSError), self._file:  # a full disk fails here once more
+            self._tar.close()
+        Path(f"{self._base}.tar.part").unlink(missing_ok=True)
+
+
+def _sync_and_close(file: IO) -> None:
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class ShardWriter:
@@ -192,89 +273,48 @@ class ShardWriter:
         self.image_format = image_format
         self.shard_size = shard_size
         self._class_counts = [0] * len(class_names)
-        self._head = {
-            "format": FORMAT,
-            "source": source,
-            "resolution": list(resolution),
-            "channels": channels,
-            "encoding": {"format": image_format, "quality": quality},
-        }
+        self._facts = {"resolution": resolution, "channels": channels, "image_format": image_format}
+        self._facts |= {"quality": quality, "source": source}
         self._class_names = list(class_names)
         self._shards: list[Shard] = []
         self.count = 0
-        self._tar: wds.TarWriter | None = None
+        self._shard: ShardFile | None = None
         check_target(self.folder, force=force)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._mark = self.folder / (MANIFEST + ".part")
         if (self.folder / MANIFEST).exists():
             os.replace(self.folder / MANIFEST, self._mark)
         self._mark.touch()
-        self._remove_shards()
-
-    def _remove_shards(self) -> None:
-        for file in self.folder.iterdir():
-            if file != self._mark and _OURS.fullmatch(file.name):
-                file.unlink()
+        remove_shards(self.folder)
 
     def add(self, image: bytes, label: int | None = None) -> None:
         """Append one encoded image, with its class when the data set has classes."""
         if (label is not None) != bool(self._class_names):
             raise ValueError("a data set has a label for every image or for none")
-        if self._tar is None:
-            name = self.folder / f"{len(self._shards):05d}.tar"
-            self._file = open(f"{name}.part", "wb")  # noqa: SIM115  (closed in _end_shard, or by abort)
-            self._sink = _Hashing(self._file)
-            # An int mtime: a float one, or none, costs a PAX header a file.
-            self._tar = wds.TarWriter(self._sink, mtime=0, encoder=False)
-            self._offsets = [0]
-        sample = {"__key__": f"{self.count:08d}", self.image_format: image}
+        if self._shard is None:
+            self._shard = ShardFile(self.folder, len(self._shards), self.image_format)
+        self._shard.add(f"{self.count:08d}", image, label)
         if label is not None:
-            sample["cls"] = str(label).encode()
             self._class_counts[label] += 1
-        self._tar.write(sample)
-        self._offsets.append(self._tar.tarstream.offset)
         self.count += 1
-        if len(self._offsets) > self.shard_size:
+        if self._shard.count == self.shard_size:
             self._end_shard()
 
     def _end_shard(self) -> None:
-        self._tar.close()
-        self._tar = None
-        size = self._file.tell()
-        self._sync_and_close()
-        name = f"{len(self._shards):05d}"
-        with open(self.folder / f"{name}.npy.part", "wb") as file:
-            np.save(file, np.array(self._offsets, np.uint64))
-        os.replace(self.folder / f"{name}.npy.part", self.folder / f"{name}.npy")
-        os.replace(self.folder / f"{name}.tar.part", self.folder / f"{name}.tar")
-        self._shards.append(Shard(f"{name}.tar", len(self._offsets) - 1, self._sink.sha256.hexdigest(), size))
-
-    def _sync_and_close(self) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._shards.append(self._shard.end())
+        self._shard = None
 
     def close(self) -> None:
         """End the last shard and write the manifest, which makes the data set complete."""
-        if self._tar is not None:
+        if self._shard is not None:
             self._end_shard()
-        labels = {
-            "num_classes": len(self._class_names),
-            "class_names": self._class_names,
-            "class_counts": self._class_counts,
-        }
-        manifest = self._head | {"count": self.count, "labels": labels, "shards": [asdict(s) for s in self._shards]}
-        with open(self._mark, "w", encoding="utf-8") as self._file:
-            json.dump(manifest, self._file, indent=1)
-            self._sync_and_close()
-        os.replace(self._mark, self.folder / MANIFEST)
+        write_manifest(self.folder, self._shards, self._class_names, self._class_counts, **self._facts)
 
     def abort(self) -> None:
         """Remove everything this writer wrote."""
-        if self._tar is not None:
-            with contextlib.suppress(OSError), self._file:  # a full disk fails here once more
-                self._tar.close()
-        self._remove_shards()
+        if self._shard is not None:
+            self._shard.drop()
+        remove_shards(self.folder)
         self._mark.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
@@ -285,6 +325,47 @@ class ShardWriter:
             self.close()
         else:
             self.abort()
+
+
+def remove_shards(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove every shard and sidecar, whole or not, but those named in `keep`."""
+    for file in folder.iterdir():
+        if _OURS.fullmatch(file.name) and not file.name.startswith(MANIFEST) and file.name not in keep:
+            file.unlink()
+
+
+def write_manifest(
+    folder: Path,
+    shards: Sequence[Shard],
+    class_names: Sequence[str],
+    class_counts: Sequence[int],
+    *,
+    resolution: tuple[int, int],
+    channels: int,
+    image_format: str,
+    quality: int | None,
+    source: str,
+) -> None:
+    """The last step of packing: manifest.json appears and manifest.json.part goes. Arguments as `ShardWriter`'s."""
+    manifest = {
+        "format": FORMAT,
+        "source": source,
+        "resolution": list(resolution),
+        "channels": channels,
+        "encoding": {"format": image_format, "quality": quality},
+        "count": sum(shard.count for shard in shards),
+        "labels": {
+            "num_classes": len(class_names),
+            "class_names": list(class_names),
+            "class_counts": list(class_counts),
+        },
+        "shards": [asdict(shard) for shard in shards],
+    }
+    mark = folder / (MANIFEST + ".part")
+    with open(mark, "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        _sync_and_close(file)
+    os.replace(mark, folder / MANIFEST)
 
 
 def check_target(folder: Path, *, force: bool) -> None:

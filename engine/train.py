@@ -23,12 +23,14 @@ from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.ema import ema_beta, update_ema
 from hsrgan.engine.errors import user_errors
+from hsrgan.engine.faults import DataFaults
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.outputs import PICTURES, Outputs
 from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
 from hsrgan.engine.scoring import Scoring
-from hsrgan.engine.shards import Manifest, load_manifest
+from hsrgan.engine.shard_sources import open_shards
+from hsrgan.engine.shards import Manifest
 from hsrgan.engine.stats import Meter, RunLog
 from hsrgan.engine.teacher import load_teacher
 from hsrgan.kernels import launch
@@ -72,9 +74,11 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
 
 def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> None:
     recipe, world, batch = t.recipe, t.world, t.recipe.batch
+    faults = DataFaults(manifest, collected=True)
     stream = open_stream(
         manifest, seed=recipe.seed, start=images, global_batch=batch, rank=world.rank, world=world.size,
         workers=recipe.data.workers, window=recipe.data.window, mirror=recipe.data.mirror,
+        resampled=recipe.data.resampled, faults=faults,
     )  # fmt: skip
     phases, total = build_phases(t), round(recipe.kimg * 1000)
     out = Outputs(t, manifest, g_ema)
@@ -102,7 +106,7 @@ def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> Non
 
             log.step(images)
             if last or _crossed(recipe.tick_kimg, seen, images):
-                log.tick(images, t.meter.collect())
+                log.tick(images, t.meter.collect() | faults.collect(log))
             if last or _crossed(recipe.image_kimg, seen, images):
                 log.fakes(out.pictures(), images / 1000)
             if last or _crossed(recipe.snapshot_kimg, seen, images):
@@ -135,7 +139,10 @@ def _check_writable(run_dir: Path) -> None:
 
 def _dataset(data: Data) -> Manifest:
     shards = data.shards or ensure_digits("datasets", data.resolution, data.channels)
-    manifest = load_manifest(shards)
+    manifest = open_shards(
+        str(shards), cache=data.cache, cache_gb=data.cache_gb, allow_shell=data.allow_shell, max_bad=data.max_bad,
+        quiet=os.environ.get("RANK", "0") != "0",
+    )  # fmt: skip
     manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
     return manifest
 

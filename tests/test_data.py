@@ -1,7 +1,7 @@
 """The stream of packed shards: one order for all ranks and workers, exact resuming, and one clear line for bad data."""
 
+import gc
 import hashlib
-import io
 import itertools
 import json
 import multiprocessing
@@ -16,33 +16,12 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from PIL import Image
+from shard_fixtures import COUNT, encode, numbers, pack, picture
 
 from hsrgan.engine import data, digits, shards
-from hsrgan.engine.errors import UserError
+from hsrgan.engine.errors import UserError, user_errors
 
-COUNT, SHARD_SIZE, WINDOW = 103, 10, 3  # ten whole shards and one of 3: uneven, and a last block of 2 shards
-
-
-def encode(image, image_format="png"):
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, data._PIL_FORMATS[image_format], quality=90)
-    return out.getvalue()
-
-
-def picture(i):
-    """4×4 RGB whose left half says its number + 1 in red and whose right half is blue, so that a flip shows."""
-    image = np.zeros((4, 4, 3), np.uint8)
-    image[:, :2, 0], image[:, 2:, 2] = i + 1, 200
-    return image
-
-
-def pack(folder, count=COUNT, classes=5, picture=picture, **options):
-    options = {"resolution": (4, 4), "channels": 3, "shard_size": SHARD_SIZE} | options
-    with shards.ShardWriter(folder, class_names=[f"c{k}" for k in range(classes)], **options) as writer:
-        for i in range(count):
-            writer.add(encode(picture(i), options.get("image_format", "png")), i % classes if classes else None)
-    return shards.load_manifest(folder)
+WINDOW = 3  # so that the last block has 2 shards
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +40,6 @@ def open_stream(manifest, **options):
     return data.open_stream(manifest, **({"seed": 7, "start": 0, "global_batch": 16, "window": WINDOW} | options))
 
 
-def numbers(images):
-    return (images[:, 0].amax((1, 2)) - 1).tolist()
-
-
 def read(manifest, batches, **options):
     """Numbers, labels and flips of the first batches, over all ranks of one stream each, in order of position."""
     world = options.get("world", 1)
@@ -80,7 +55,9 @@ def read(manifest, batches, **options):
 def test_ranks_and_workers_share_one_sequence(manifest, world, workers):
     # Positions 5 … 245: two epochs' ends and every block are crossed.
     truth = read(manifest, 15, start=5, mirror=True)
-    assert read(manifest, 15, start=5, mirror=True, world=world, workers=workers) == truth
+    shared = read(manifest, 15, start=5, mirror=True, world=world, workers=workers)
+    assert shared == truth
+    assert sorted(n for n, _, _ in shared[COUNT - 5 : 2 * COUNT - 5]) == list(range(COUNT))  # epoch 1, each image once
 
 
 @pytest.mark.parametrize("start", [1, 16, 77, 102, 103, 104, 1000])
@@ -125,6 +102,60 @@ def test_the_order_is_pinned():
     """A checkpoint of today resumes in the same order tomorrow: a change of these numbers breaks everybody's runs."""
     plan = data.Plan([10] * 10 + [3], 7, WINDOW)
     assert hashlib.sha256(repr([plan[p] for p in range(300)]).encode()).hexdigest()[:16] == "5fa67b3dd7241735"
+
+
+def rank_correlation(order):
+    return abs(np.corrcoef(np.arange(len(order)), order)[0, 1])  # Spearman's: both are ranks
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_stream_order_is_not_file_order(seed, epoch):
+    """Spearman's |ρ| between file order and stream order, over an epoch. Of files that tools/pack.py permuted (second),
+    it is that of any permutation, 1/√n; of shards in the order they were found, whole windows move together.
+    """
+    counts = [5 + i % 3 for i in range(4000)]  # uneven; 4,000 shards in windows of 16
+    plan, first = data.Plan(counts, seed, 16), np.cumsum(counts) - counts
+    stream = np.array([first[s] + i for s, i, _ in (plan[epoch * plan.total + p] for p in range(plan.total))])
+    assert sorted(stream.tolist()) == list(range(plan.total))
+    packed = np.random.Generator(np.random.Philox(seed)).permutation(plan.total)
+    assert rank_correlation(stream) < 0.05 and rank_correlation(packed[stream]) < 0.05
+    # neighbours in the stream are no neighbours in the files: |difference| is n/3 for a uniform choice
+    assert 0.32 < np.abs(np.diff(packed[stream])).mean() / plan.total < 0.345
+
+
+@pytest.mark.parametrize("start", [0, 29, 103, 777, 9_990])
+def test_resuming_reads_nothing_of_the_epoch_up_to_there(manifest, start, monkeypatch):
+    """An image costs one open, one file of offsets and one pread, and webdataset's `batched` takes one image more; a
+    batch costs a pread an image and at most an open a shard of its windows."""
+    calls = []
+    for name in ("open", "pread"):
+        real = getattr(os, name)
+        monkeypatch.setattr(data.os, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+    next(open_stream(manifest, start=start, global_batch=1))
+    assert calls.count("pread") == 2 >= calls.count("open")
+    calls.clear()
+    next(open_stream(manifest, start=start))
+    assert calls.count("pread") == 17 and calls.count("open") <= 2 * WINDOW
+
+
+def test_resampled_shards_are_endless_and_resume_anywhere(manifest):
+    counts = [10] * 10 + [3]
+    plan = data.Plan(counts, 7, WINDOW, resampled=True)
+    places = [plan[p] for p in range(28 * 500)]
+    assert all(0 <= i < counts[s] for s, i, _ in places)
+    assert [data.Plan(counts, 7, WINDOW, resampled=True)[p] for p in (0, 27, 28, 13_999)] == [
+        places[p] for p in (0, 27, 28, 13_999)
+    ]
+    draws = [{s for s, _, _ in places[b * 28 : (b + 1) * 28]} for b in range(500)]
+    assert max(map(len, draws)) == WINDOW and len({frozenset(d) for d in draws}) > 100  # drawn anew every time
+    times = np.zeros(103)
+    for s, i, _ in places:
+        times[s * 10 + i] += 1
+    assert times.min() > 60 and times.max() < 220  # 136 each in the mean
+    assert not all(len(set(places[e * 103 : (e + 1) * 103])) == 103 for e in range(3))  # no epochs
+    truth = read(manifest, 15, start=5, resampled=True)
+    assert read(manifest, 15, start=5, resampled=True, world=2, workers=2) == truth != read(manifest, 15, start=5)
 
 
 def test_a_hundred_million_images_cost_no_more_than_their_block():
@@ -215,6 +246,8 @@ DAMAGE = {
     "label out of range": (lambda r: replace_sample(r, encode(picture(4)), b"5"), "sample 4 .* label b'5', .* 0 to 4"),
     "label not a number": (lambda r: replace_sample(r, encode(picture(4)), b"cat"), "sample 4 of .* label b'cat'"),
     "no manifest": (lambda r: (r / "manifest.json").unlink(), "there is no .*manifest.json: make it"),
+    "no hash": (lambda r: edit_manifest(r, lambda m: m["shards"][0].update(sha256="../x")), "00000.tar has no SHA-256"),
+    "shard by URL": (lambda r: edit_manifest(r, lambda m: m["shards"][0].update(name="pipe:cat x.tar")), "misnamed"),
     "unfinished": (lambda r: (r / "manifest.json").rename(r / "manifest.json.part"), "is not finished"),
     "manifest cut": (lambda r: cut(r / "manifest.json", -30), "manifest.json is damaged"),
     "manifest not ours": (lambda r: (r / "manifest.json").write_text("[]"), "manifest.json is damaged"),
@@ -254,6 +287,21 @@ def test_few_descriptors_stay_open(manifest):
     for _ in range(20):
         next(stream)
     assert len(os.listdir("/proc/self/fd")) - before <= 2
+    stream.close()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_rank_that_alone_meets_bad_data_says_so_itself(own, capsys):
+    """All others are told by the first rank, and would wait for its line in vain."""
+    overwrite(own / "00002.tar", 1536, b"x" * 64)
+    with pytest.raises(SystemExit), user_errors(quiet=True):
+        for _ in open_stream(shards.load_manifest(own), rank=1, world=2):
+            pass
+    assert capsys.readouterr().err.startswith("error: rank 1: sample 0 of ")
+    with pytest.raises(SystemExit), user_errors(quiet=True):
+        raise UserError("what every rank has met")
+    assert capsys.readouterr().err == ""
 
 
 # As in training: OpenMP threads run in the main process before, while and after workers are forked; handlers are set.
