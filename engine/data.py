@@ -22,8 +22,8 @@ import torch
 import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hsrgan.engine.errors import LocalError, UserError
-from hsrgan.engine.faults import BAD, DataFaults
+from hsrgan.engine.bad_samples import BAD, DataFaults
+from hsrgan.engine.errors import RankError, UserError
 from hsrgan.engine.samples import BadSample, decode
 from hsrgan.engine.shard_cache import Ahead
 from hsrgan.engine.shards import Manifest, Shard
@@ -318,7 +318,7 @@ def _batches(
     try:
         for item in items:
             if isinstance(item, UserError):
-                raise LocalError(f"{whose}{item}") from None
+                raise RankError(f"{whose}{item}") from None
             images, classes, replaced, news = item
             faults.note(len(classes), replaced, news)
             labels = torch.zeros(len(classes), num_classes)

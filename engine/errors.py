@@ -13,7 +13,7 @@ class UserError(ValueError):
     """A mistake the user can mend. Its message is one line: what, where, and what to do about it."""
 
 
-class LocalError(UserError):
+class RankError(UserError):
     """One that this process alone has met, in the middle of a run: it says so itself, whichever rank it is."""
 
 
@@ -21,11 +21,11 @@ class LocalError(UserError):
 def user_errors(*, quiet: bool = False) -> Iterator[None]:
     """Turn a `UserError` into its one line on stderr and exit code 2; every other exception keeps its traceback.
 
-    `quiet` exits without printing: on all ranks but the first, which says it for everybody. A `LocalError` is printed.
+    `quiet` exits without printing: on all ranks but the first, which says it for everybody. A `RankError` is printed.
     """
     try:
         yield
     except UserError as error:
-        if not quiet or isinstance(error, LocalError):
+        if not quiet or isinstance(error, RankError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None

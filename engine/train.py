@@ -17,13 +17,13 @@ import typer
 
 from hsrgan.engine import checkpoint, distributed, graphs
 from hsrgan.engine.aside import writable
+from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.config import Data, Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.ema import ema_beta, update_ema
 from hsrgan.engine.errors import user_errors
-from hsrgan.engine.faults import DataFaults
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.outputs import PICTURES, Outputs
