@@ -32,18 +32,18 @@ def test_lazy_adam_scales_rate_and_betas():
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_step_is_plain_adam_on_mended_gradients(one_rank, stage):
+def test_without_skip_a_step_is_plain_adam_on_mended_gradients(one_rank, stage):
     """NaN counts as 0, infinities as ±1e5, a parameter without gradient as one with zeros; nothing is clipped."""
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
     plain = [nn.Parameter(p.detach().clone()) for p in module.parameters()]
     reference = lazy_adam(plain, 0.1, 0.0, 0.99, 1e-8, 4)
-    sharded = Sharded(module, lazy_adam(module.parameters(), 0.1, 0.0, 0.99, 1e-8, 4), zero_stage=stage, micro_batch=1)
+    sharded = Sharded(module, lazy_adam(module.parameters(), 0.1, 0.0, 0.99, 1e-8, 4), zero_stage=stage, micro_batch=1, skip=False)
     nan, inf = float("nan"), float("inf")
     first = torch.tensor([[nan, inf, -inf], [1.0, -200.0, 0.0]])
     for weight, bias in ((first, None), (torch.ones(2, 3), torch.tensor([3.0, nan]))):
         with distributed.gathered(sharded):
-            sharded.step([weight, bias])
+            sharded.step([weight, bias], torch.tensor(1.0))
         plain[0].grad = weight.nan_to_num(nan=0.0, posinf=1e5, neginf=-1e5)
         plain[1].grad = torch.zeros(2) if bias is None else bias.nan_to_num(nan=0.0)
         reference.step()
