@@ -87,7 +87,10 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint: the file that is missing or differs from its checksum; None if nothing is."""
     files = {"state.json", *(f"{part}.safetensors" for part in TENSOR_FILES)}
     try:
-        sums = {name: digest for digest, name in map(str.split, (path / SUMS).read_text().splitlines())}
+        text = (path / SUMS).read_text()
+        sums = {name: digest for digest, name in map(str.split, text.splitlines())}
+        if not text.endswith("\n"):
+            return f"{SUMS} is cut off"
         for name in sorted(files | sums.keys()):
             if name not in sums:
                 return f"{SUMS} does not name {name}"
