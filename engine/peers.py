@@ -147,7 +147,7 @@ class Peers:
         if not told or (self.world.local_rank == 0 and not mistake):
             name = f" ({self._names[rank]})" if rank in self._names else ""
             remedy = "" if mistake else "; the same command resumes the run from its last checkpoint"
-            print(f"error: rank {rank}{name} {what}{remedy}", file=sys.stderr)
+            print(f"error: rank {rank}{name}{':' if mistake else ''} {what}{remedy}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_USER_ERROR if mistake else EXIT_RANK_LOST)  # the main thread may wait in a collective for ever
