@@ -61,7 +61,7 @@ def signal_oneself(number: int) -> None:
 # Preemption
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)], ids=["TERM", "USR1 at one of 2"])
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)], ids=["TERM", "USR1 at 1 of 2"])
 def test_a_signal_saves_within_the_step_and_all_ranks_leave_with_75(workspace, request, number, ranks):
     name = signal.Signals(number).name
     options = (f"run_dir={name}", f"zero_stage={0 if ranks == 1 else 2}", "checkpoint_kimg=0.064")
