@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import forked
+import psutil
 import pytest
 import torch
 from test_checkpoints import assert_bitwise, newest
@@ -58,15 +59,23 @@ def signal_oneself(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def signal_the_family(number: int) -> None:
+    """The loader's workers too, as the launcher does, and they first."""
+    for child in psutil.Process().children():
+        child.send_signal(number)
+    time.sleep(0.2)
+    signal_oneself(number)
+
+
 # Preemption
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)], ids=["TERM", "USR1 at 1 of 2"])
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)], ids=["TERM", "USR1 at 1"])
 def test_a_signal_saves_within_the_step_and_all_ranks_leave_with_75(workspace, request, number, ranks):
     name = signal.Signals(number).name
     options = (f"run_dir={name}", f"zero_stage={0 if ranks == 1 else 2}", "checkpoint_kimg=0.064")
-    plant = partial(plant_at, 24, ranks - 1, partial(signal_oneself, number))
-    runs = forked.start(workspace, *options, ranks=ranks, plant=plant)
+    plant = partial(plant_at, 24, ranks - 1, partial(signal_the_family, number))
+    runs = forked.start(workspace, *options, "data.workers=2", ranks=ranks, plant=plant)
     assert [run.ends() for run in runs] == [EXIT_RESUME] * ranks, runs[0].said
     assert newest(workspace / name) == "000000032"  # the step that began at 24 is the last
     (event,) = events(workspace / name, "preempted")
