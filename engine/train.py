@@ -6,6 +6,7 @@ command again resumes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -92,7 +93,8 @@ def _loop(
     )  # fmt: skip
     phases, total = build_phases(t), round(recipe.kimg * 1000)
     score = Scoring(out, images) if recipe.metrics else None
-    with RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank) as log:
+    log = RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank)
+    with contextlib.closing(stream), log:  # or the loader's workers would outlive a request to leave
         t.call = graphs.caller(recipe.cuda_graphs, world, recipe.zero_stage, log.message)
         writing = Writing(recipe.faults, log.message)
         if resumed:
