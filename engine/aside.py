@@ -7,23 +7,23 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from hsrgan.engine.errors import UserError
+from hsrgan.engine.errors import CannotWrite
 
 
 @contextlib.contextmanager
 def writable(path: Path, remedy: str = "free space there or name another folder") -> Iterator[None]:
-    """Turn the operating system's refusal to write `path` into a `UserError` that says why and what to do."""
+    """Turn the operating system's refusal to write `path` into a `CannotWrite` that says why and what to do."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+        raise CannotWrite(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
 
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is flushed to disk and takes `path`'s place in one step.
 
-    A crash or an error leaves the former `path`, if any, as it was. Raises `UserError` where the folder refuses.
+    A crash or an error leaves the former `path`, if any, as it was. Raises `CannotWrite` where the folder refuses.
     """
     aside = path.with_name(f".{path.name}.part")  # one name: what a kill leaves, the next write replaces
     with writable(path):
@@ -34,3 +34,29 @@ def written_aside(path: Path) -> Iterator[Path]:
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a new file and wait until the disk has its content; `sync_folder` is for its name."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk knows which files the folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(run_dir: Path) -> None:
+    """Make the folder and try it, before hours of work want to write there; UserError where it refuses."""
+    with writable(run_dir, "choose another with run_dir=…"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()

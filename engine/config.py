@@ -146,6 +146,17 @@ class Metrics(Section):
     attributes: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # for ls and als: tools/fit_attributes.py
 
 
+class Faults(Section):
+    """What the run does when something fails."""
+
+    nonfinite: Literal["skip", "mend"] = "skip"     # such a step changes nothing, or NaN → 0 and ±inf → ±1e5 in it
+    max_nonfinite: Share = 0.1                      # share of a tick's steps; above it the run has diverged
+    diverged: Literal["rollback", "stop"] = "rollback"  # to the last checkpoint, once; then stop
+    disk_full: Literal["stop", "continue"] = "stop"     # also read-only, over quota, …
+    rank_timeout: Annotated[float, Field(ge=1)] = 45.0          # seconds of silence after which a rank is lost
+    rendezvous_timeout: Annotated[float, Field(ge=1)] = 300.0   # seconds for all ranks to find each other
+
+
 class Recipe(Section):
     """One training run, resolved: preset and defaults are filled in. kimg is thousands of real images everywhere."""
 
@@ -165,7 +176,8 @@ class Recipe(Section):
     image_kimg: Positive = 50.0
     snapshot_kimg: Positive = 200.0
     metrics_kimg: Positive = 200.0                  # between two evaluations by `metrics`
-    keep_checkpoints: Whole = 2
+    keep_checkpoints: Whole = 2                     # the newest; with metrics, that of the best score too
+    keep_every_kimg: Positive | None = None         # and the first one after each multiple of this
     init_from: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # checkpoint folder to branch from
     data: Data
     generator: Generator
@@ -174,6 +186,7 @@ class Recipe(Section):
     r1: R1
     path_length: PathLength
     ema: Ema
+    faults: Faults = Faults()
     hsr: Hsr | None = None
     metrics: Metrics | None = None
 

@@ -253,6 +253,10 @@ def check_shards(manifest: Manifest) -> None:
 def _start_worker(_number: int) -> None:
     # Ctrl-C reaches every process of a terminal, but the main one alone decides what it means; workers leave with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So it is with a request to leave, which the launcher sends to every process: the main one saves and ends the
+    # workers. One that hangs is not to hold it up for ever.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
     # What the fork inherited is never collected here: finalisers of the main process (of another stream, say) must
     # not run in a worker, and untouched pages stay shared.
     gc.freeze()

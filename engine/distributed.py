@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hsrgan.engine.errors import UserError
+from hsrgan.engine.errors import RankError, UserError
+from hsrgan.engine.finite import Finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+COLLECTIVE = datetime.timedelta(minutes=10)  # the longest that one rank may wait for another
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,11 @@ def world_from_environment(device: str = "auto") -> World:
     )
 
 
-def start(world: World) -> None:
-    """Join the process group (NCCL on GPUs, gloo elsewhere) and share the cores among the ranks of this machine."""
+def start(world: World, patience: float = 300.0) -> None:
+    """Join the process group (NCCL on GPUs, gloo elsewhere) and share the cores among the ranks of this machine.
+
+    patience: seconds in which all ranks must have come; after that a `RankError` says who waited where for whom.
+    """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
@@ -74,7 +80,43 @@ def start(world: World) -> None:
     # A faster all-reduce between CPU processes, compiled for half a minute at first use: not worth a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=datetime.timedelta(minutes=10), verbose=False)
+    _meet(world, backend, patience)
+    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE, verbose=False)
+
+
+def _meet(world: World, backend: str, patience: float) -> None:
+    try:
+        limit = datetime.timedelta(seconds=patience)
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=COLLECTIVE
+        )
+        store.set_timeout(COLLECTIVE)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankError(
+            f"rank {world.rank} of {world.size} on {socket.gethostname()}: {_no_meeting(str(error), where, patience)}"
+        ) from None
+
+
+def _no_meeting(error: str, where: str, patience: float) -> str:
+    """Why the ranks did not find each other, and what to do; error: what torch says about it, stack and all."""
+    if "EADDRINUSE" in error or "address already in use" in error:
+        return f"{where} is in use by another program: give --master_port another number, the same on every machine"
+    if joined := re.search(r"(\d+)/(\d+) clients joined", error):
+        return (
+            f"only {joined[1]} of {joined[2]} ranks came to {where} within {patience:g} s: start the command on every "
+            "machine, with the same --master_addr, --master_port and hostfile"
+        )
+    if "port must have value" in error or "invalid literal" in error:
+        return f"{where} is no address: --master_port is a number below 65536"
+    if "connect" in error or "timed out" in error.lower() or "getaddrinfo" in error:
+        return (
+            f"nobody answered at {where} within {patience:g} s: rank 0 must run there, and --master_addr and "
+            "--master_port must be the same on every machine and not be blocked by a firewall"
+        )
+    return f"the ranks could not meet at {where} ({' '.join(error.split())[:200]})"
 
 
 def stop() -> None:
@@ -102,6 +144,13 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def max_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """All-reduced maximum, in place."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return value
+
+
 def from_first(value: Any) -> Any:
     """Rank 0's value (anything that pickles), on every rank."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -120,14 +169,14 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        failure = str(error)
+        failure = error
     failures = [failure]
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         failures *= torch.distributed.get_world_size()
         torch.distributed.all_gather_object(failures, failure)
     for failure in failures:
         if failure is not None:
-            raise UserError(failure)
+            raise failure
 
 
 def lazy_adam(
@@ -141,6 +190,11 @@ def lazy_adam(
     ratio = interval / (interval + 1) if interval else 1.0
     # beta1 = 0 stays 0; ** is safe for both
     return torch.optim.Adam(parameters, lr=lr * ratio, betas=(beta1**ratio, beta2**ratio), eps=eps, fused=True)
+
+
+def mended(gradients: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """With NaN → 0 and ±inf → ±1e5 (StyleGAN2's training)."""
+    return [torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5) for gradient in gradients]
 
 
 class _Deliver(torch.autograd.Function):
@@ -162,14 +216,18 @@ class Sharded:
 
     module: its parameters must hold their starting values, all of them require gradients and none is 0-dim (DeepSpeed
     refuses those). micro_batch: images per rank and round; DeepSpeed wants the number, nothing here depends on it.
+    skip: a step that is not finite changes nothing; without it, its gradients are mended.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Adam, *, zero_stage: int, micro_batch: int):
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Adam, *, zero_stage: int, micro_batch: int, skip: bool = True
+    ):
         import deepspeed
 
         self.names = [name for name, _ in module.named_parameters()]
         self.parameters = list(module.parameters())
-        self.module, self.zero_stage = module, zero_stage
+        self.module, self.zero_stage, self.skip = module, zero_stage, skip
+        self.finite = Finite(self.names, self.parameters[0].device)
         zero: dict[str, object] = {"stage": zero_stage, "overlap_comm": False}
         if zero_stage in (1, 2):
             zero["compute_grad_norm"] = False  # not used here, and read to the host in every step
@@ -193,17 +251,21 @@ class Sharded:
     def _adam(self) -> torch.optim.Optimizer:
         return self.engine.optimizer.optimizer if self.zero_stage else self.engine.optimizer
 
-    def step(self, gradients: Sequence[torch.Tensor | None]) -> None:
+    def step(self, gradients: Sequence[torch.Tensor | None], loss: torch.Tensor) -> None:
         """Average over ranks and take one Adam step. gradients: one per parameter, in order; None counts as zero.
+        loss []: what they are the gradients of.
 
-        NaN becomes 0 and ±inf ±1e5, as in StyleGAN2's training, here before the ranks' mean.
+        If one of them is not finite on any rank, the step changes neither parameters nor moments; without `skip`, NaN
+        becomes 0 and ±inf ±1e5 instead, as in StyleGAN2's training, here before the ranks' mean.
         """
-        finite = [
-            torch.zeros_like(parameter)
-            if gradient is None
-            else torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
+        whole = [
+            torch.zeros_like(parameter) if gradient is None else gradient
             for gradient, parameter in zip(gradients, self.parameters, strict=True)
         ]
+        found = self.finite.count(max_over_ranks(self.finite.check(whole, loss)))
+        if self.skip:
+            self._adam.found_inf = found  # the fused Adam's own switch, for loss scaling: nothing waits for the host
+        finite = mended(whole)
         self.engine.backward(_Deliver.apply(finite, *self.parameters))
         self.engine.step()
 

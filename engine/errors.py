@@ -1,4 +1,4 @@
-"""How a user's mistake ends a program: one line that names the thing, the place and the remedy, and exit code 2."""
+"""How a program ends that could not do its work: one line that says what, where and what to do, and an exit code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 
 EXIT_USER_ERROR = 2
+EXIT_RANK_LOST = 69  # EX_UNAVAILABLE: another rank died or hangs; the same command resumes from the last checkpoint
+EXIT_RESUME = 75  # EX_TEMPFAIL: asked to leave by a signal, everything is saved; the same command goes on
 
 
 class UserError(ValueError):
@@ -15,6 +17,10 @@ class UserError(ValueError):
 
 class RankError(UserError):
     """One that this process alone has met, in the middle of a run: it says so itself, whichever rank it is."""
+
+
+class CannotWrite(UserError):
+    """The file system refuses: it is full, read-only, or not ours."""
 
 
 @contextlib.contextmanager

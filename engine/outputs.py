@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from hsrgan.engine import checkpoint
+from hsrgan.engine.distributed import from_first
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.model import Generator
 from hsrgan.engine.phases import Training
 from hsrgan.engine.shards import Manifest
@@ -24,6 +26,33 @@ class Outputs:
     t: Training
     manifest: Manifest
     g_ema: Generator
+    best_images: int | None = None  # what the G with the best score had seen
+    retention: checkpoint.Retention = field(init=False)
+
+    def __post_init__(self) -> None:
+        recipe = self.t.recipe
+        self.retention = checkpoint.Retention(recipe.keep_checkpoints, recipe.keep_every_kimg, [])
+
+    def take_up(self, resumed: checkpoint.Checkpoint) -> int:
+        """Go on from a checkpoint: the images that it has seen."""
+        folders = checkpoint.checkpoint_folders(self.t.recipe.run_dir)
+        self.retention.own = [path.name for path in folders if path.name <= resumed.path.name]
+        return resumed.state["images"]
+
+    def roll_back(self, diverged: str, tried: checkpoint.Checkpoint | None) -> str:
+        """The line `diverged`, if the recipe wants a rollback and there is a checkpoint to try: one other than `tried`,
+        from which the run has diverged before. Else a UserError. Every rank calls it.
+        """
+        newest = from_first(self.retention.own[-1:])
+        if self.t.recipe.faults.diverged == "stop":
+            why = "faults.diverged is stop"
+        elif not newest:
+            why = "there is no checkpoint to go back to"
+        elif tried and tried.path.name == newest[0]:
+            why = f"it has diverged again since checkpoint {newest[0]}"
+        else:
+            return diverged
+        raise UserError(f"{diverged}; {why}: lower generator.lr and discriminator.lr or raise r1.gamma, and resume")
 
     def pictures(self) -> torch.Tensor:
         """Samples of the averaged G from the run's fixed latents, [PICTURES, C, R, R] in [−1, 1]."""
@@ -44,6 +73,7 @@ class Outputs:
     def best(self, images: int, score: dict) -> None:
         """The snapshot with the best score so far, in place of the one before."""
         self._save(self.best_path, images, score)
+        self.best_images = images
 
     def snapshot_path(self, images: int) -> Path:
         return Path(self.t.recipe.run_dir) / "snapshots" / f"{images:09d}.safetensors"
@@ -62,5 +92,6 @@ class Outputs:
     def checkpoint(self, images: int) -> None:
         checkpoint.write_checkpoint(
             self.t.recipe.run_dir, self.t.g, self.t.d, self.g_ema, images=images, pl_mean=self.t.pl_mean,
-            recipe=self.t.recipe.model_dump(mode="json"), keep=self.t.recipe.keep_checkpoints, rank=self.t.world.rank,
+            recipe=self.t.recipe.model_dump(mode="json"), retention=self.retention, best=self.best_images,
+            rank=self.t.world.rank,
         )  # fmt: skip

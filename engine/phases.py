@@ -58,11 +58,13 @@ class Round:
 
 class Told(NamedTuple):
     """What a loss tells beside its value: `means`, whose elements the meter averages, and `each` [n, …], one value an
-    image, whose mean over the phase's whole batch goes to `Phase.finish`.
+    image, whose mean over the phase's whole batch goes to `Phase.finish`. loss [] is what `Phase.gradients` took the
+    derivatives of.
     """
 
     means: dict[str, Tensor]
     each: Tensor | None = None
+    loss: Tensor | None = None
 
 
 @dataclass
@@ -151,10 +153,12 @@ class Phase:
             loss = loss * (self.interval / t.recipe.accumulation)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         means = {name: value.detach() for name, value in told.means.items()}
-        return list(gradients), Told(means, None if told.each is None else told.each.detach().sum(0))
+        return list(gradients), Told(means, None if told.each is None else told.each.detach().sum(0), loss.detach())
 
-    def finish(self, mean: Tensor | None) -> None:
-        """Called once after the step. mean: of what the losses told of `each` image, over all rounds and ranks."""
+    def finish(self, mean: Tensor | None, skip: Tensor) -> None:
+        """Called once after the step. mean: of what the losses told of `each` image, over all rounds and ranks.
+        skip [], bool: the step was not finite, and must change nothing.
+        """
 
 
 class GMain(Phase):
@@ -212,8 +216,9 @@ class GReg(Phase):
         penalty = losses.path_penalty(lengths, mean)
         return settings.weight * penalty, Told({"path_length": lengths, "loss/path": penalty}, each=lengths)
 
-    def finish(self, mean: Tensor | None) -> None:
+    def finish(self, mean: Tensor | None, skip: Tensor) -> None:
         t = self.training
+        mean = torch.where(skip, t.pl_mean, mean)
         t.pl_mean.copy_(losses.path_mean(t.pl_mean, mean, t.recipe.path_length.decay))
 
 
@@ -237,8 +242,9 @@ class DMain(Phase):
         loss = losses.logistic_d_fake(fake_logits) + losses.logistic_d_real(real_logits)
         return loss, Told({"score/fake_d": fake_logits, "score/real": real_logits, "loss/D": loss}, each=ws[:, 0])
 
-    def finish(self, mean: Tensor | None) -> None:
+    def finish(self, mean: Tensor | None, skip: Tensor) -> None:
         t = self.training
+        mean = torch.where(skip, t.generator.mapping.w_avg, mean)
         t.generator.mapping.update_w_avg(mean[None], t.recipe.generator.w_avg_beta)
 
 
@@ -294,20 +300,21 @@ def run_phase(phase: Phase, t: Training, images: int, reals: Tensor, real_c: Ten
     net, other = (t.g, t.d) if phase.network == "G" else (t.d, t.g)
     other.module.requires_grad_(False)
     total: list[Tensor | None] = [None] * len(net.parameters)
-    each = None
+    each = loss = None
     with gathered(net, other):
         for batch in rounds(phase, t, images, reals, real_c):
             gradients, told = t.call(phase.name, phase.gradients, batch)
             for name, values in told.means.items():
                 t.meter.add(name, values)
             if t.recipe.accumulation == 1:
-                total, each = gradients, told.each
+                total, each, loss = gradients, told.each, told.loss
             else:  # the next round may be the same graph, which writes where this one did
                 total = [_plus(mine, more) for mine, more in zip(total, gradients, strict=True)]
-                each = _plus(each, told.each)
-        net.step(total)
+                each, loss = _plus(each, told.each), _plus(loss, told.loss)
+        net.step(total, loss)
     other.module.requires_grad_(True)
-    phase.finish(None if each is None else mean_over_ranks(each / (t.recipe.batch // phase.shrink // t.world.size)))
+    mean = None if each is None else mean_over_ranks(each / (t.recipe.batch // phase.shrink // t.world.size))
+    phase.finish(mean, net.finite.found > 0)
 
 
 def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -49,6 +49,7 @@ class Scoring:
     def _take_up(self, path: Path, images: int) -> None:
         self.best = load_snapshot(path)[1].get("score")
         if self.best:
+            self.out.best_images = round(self.best["kimg"] * 1000)
             rows = read_log(Path(self.out.t.recipe.run_dir) / "log.jsonl")
             scored = [row["kimg"] for row in rows if f"metric/{next(iter(self.best['values']))}" in row]
             self.since_best = sum(self.best["kimg"] < kimg <= images / 1000 for kimg in scored)
@@ -61,8 +62,8 @@ class Scoring:
             results = self.scorer.score(fp32_copy(self.out.g_ema))
         main = results[0] | {"kimg": images / 1000}
         if self._better(main):
-            self.best, self.since_best = main, 0
             self.out.best(images, main)
+            self.best, self.since_best = main, 0
         elif images / 1000 > self.best["kimg"]:  # not when a resumed run comes to its best once more
             self.since_best += 1
         scalars = {f"metric/{name}": value for result in results for name, value in result["values"].items()}

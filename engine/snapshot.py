@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from hsrgan.engine.aside import written_aside
@@ -42,7 +42,7 @@ def save_snapshot(
         metadata["score"] = json.dumps(score)
     tensors = {key: _own_copy(value) for key, value in generator.state_dict().items()}
     with written_aside(Path(path)) as aside:
-        save_file(tensors, aside, metadata)
+        aside.write_bytes(save(tensors, metadata))  # save_file has errors of its own for a full disk
 
 
 def _own_copy(value: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hsrgan.engine.aside import writable, written_aside
 from hsrgan.engine.curves import draw_curves
+from hsrgan.engine.errors import CannotWrite
 from hsrgan.engine.pictures import image_grid, save_png
 
 REDRAW_SECONDS = 0.5  # the progress line
@@ -138,9 +139,13 @@ class RunLog:
             return
         self._redraw()
         self._progress.stop()
-        self._file.close()
-        self._board.close()
-        self._draw_curves(due_only=False)
+        try:
+            with writable(self.run_dir / "log.jsonl"):
+                self._file.close()
+                self._board.close()
+            self._draw_curves(due_only=False)
+        except CannotWrite as refusal:  # said, not raised: whatever else the run ends with is more important
+            self.message(str(refusal))
 
     def reals(self, images: Tensor) -> None:
         """Write `images` (as `image_grid` takes them) to reals.png."""
@@ -220,6 +225,11 @@ class RunLog:
         """Print `text` above the progress line."""
         if self._active:
             self._console.print(text, markup=False, soft_wrap=True)
+
+    def note(self, kind: str, text: str) -> None:
+        """Say `text` and keep it as an event."""
+        self.message(text)
+        self.event(kind, text=text)
 
     def finish(self, paths: dict[str, Path | str]) -> None:
         """Say how long it took and where everything is: the run's own files, and `paths` (a name for each)."""

@@ -6,7 +6,9 @@ command again resumes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import json
 import os
 from pathlib import Path
@@ -16,17 +18,19 @@ import torch
 import typer
 
 from hsrgan.engine import checkpoint, distributed, graphs
-from hsrgan.engine.aside import writable
+from hsrgan.engine.aside import check_writable
 from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.config import Data, Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.ema import ema_beta, update_ema
-from hsrgan.engine.errors import user_errors
+from hsrgan.engine.errors import EXIT_RESUME, user_errors
+from hsrgan.engine.faults import Preemption, Writing, not_finite
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.outputs import PICTURES, Outputs
+from hsrgan.engine.peers import Peers
 from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
 from hsrgan.engine.scoring import Scoring
 from hsrgan.engine.shard_sources import open_shards
@@ -44,10 +48,24 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_path, overrides, world_size=world.size)
     world = distributed.world_from_environment(recipe.device)
     launch.allow_tf32(recipe.tf32)
-    _check_writable(Path(recipe.run_dir))
+    check_writable(Path(recipe.run_dir))
     check_paths(recipe)
     manifest = _dataset(recipe.data)
-    resumed = _resume(recipe)
+    distributed.start(world, recipe.faults.rendezvous_timeout)
+    with Peers(world, recipe.faults.rank_timeout), Preemption(world) as preemption:
+        diverged = ""
+        while diverged := _run(recipe, world, manifest, preemption, diverged):
+            gc.collect()  # the engines of the run that is rolled back
+    distributed.stop()
+
+
+def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemption: Preemption, diverged: str) -> str:
+    """Train from the last checkpoint to the end, or until the run diverges: then a line that says where, to roll back
+    by another call. diverged: the line of the call before.
+    """
+    resumed = checkpoint.resume_point(recipe.run_dir, world)
+    if resumed:
+        check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
     generator, discriminator, heads, teacher = _networks(recipe, manifest, world)
     g_module, g_ema = GeneratorWithHeads(generator, heads), copy.deepcopy(generator).requires_grad_(False).eval()
     if resumed:
@@ -60,33 +78,36 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
         source.fill("D", discriminator)
         source.fill("G_ema", g_ema)
 
-    distributed.start(world)
     t = _training(recipe, world, manifest, g_module, discriminator, teacher)
-    images = 0
     if resumed:
-        images = resumed.state["images"]
         t.pl_mean.fill_(resumed.state["pl_mean"])
         t.g.load_optimizer_state(resumed.tensors["G_adam"], resumed.state["adam_steps"]["G"])
         t.d.load_optimizer_state(resumed.tensors["D_adam"], resumed.state["adam_steps"]["D"])
-    _loop(t, manifest, g_ema, images)
-    distributed.stop()
+    return _loop(t, Outputs(t, manifest, g_ema), resumed, preemption, diverged)
 
 
-def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> None:
-    recipe, world, batch = t.recipe, t.world, t.recipe.batch
-    faults = DataFaults(manifest, collected=True)
+def _loop(
+    t: Training, out: Outputs, resumed: checkpoint.Checkpoint | None, preemption: Preemption, diverged: str
+) -> str:
+    recipe, world, batch, manifest = t.recipe, t.world, t.recipe.batch, out.manifest
+    images = out.take_up(resumed) if resumed else 0
+    bad_samples = DataFaults(manifest, collected=True)
     stream = open_stream(
         manifest, seed=recipe.seed, start=images, global_batch=batch, rank=world.rank, world=world.size,
         workers=recipe.data.workers, window=recipe.data.window, mirror=recipe.data.mirror,
-        resampled=recipe.data.resampled, faults=faults,
+        resampled=recipe.data.resampled, faults=bad_samples,
     )  # fmt: skip
     phases, total = build_phases(t), round(recipe.kimg * 1000)
-    out = Outputs(t, manifest, g_ema)
     score = Scoring(out, images) if recipe.metrics else None
-    with RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank) as log:
+    log = RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank)
+    with contextlib.closing(stream), log:  # or the loader's workers would outlive a request to leave
         t.call = graphs.caller(recipe.cuda_graphs, world, recipe.zero_stage, log.message)
-        if images:
-            log.message(f"resuming at {images / 1000:g} kimg")
+        writing = Writing(recipe.faults, log.message)
+        if resumed:
+            for line in resumed.passed_over:
+                log.note("fallback", line)
+            why = f"{diverged}: rolled back, " if diverged else ""
+            log.note("rollback" if diverged else "resume", f"{why}resuming at {images / 1000:g} kimg")
         else:
             log.reals(next(open_stream(manifest, seed=recipe.seed, start=0, global_batch=PICTURES))[0])
             log.fakes(out.pictures(), 0.0)
@@ -100,22 +121,41 @@ def _loop(t: Training, manifest: Manifest, g_ema: Generator, images: int) -> Non
                 if step % phase.interval == 0:
                     run_phase(phase, t, images, reals, real_c)
             with distributed.gathered(t.g):
-                update_ema(g_ema, t.generator, ema_beta(batch, images, recipe.ema.kimg, recipe.ema.rampup))
+                update_ema(out.g_ema, t.generator, ema_beta(batch, images, recipe.ema.kimg, recipe.ema.rampup))
             seen, images = images, images + batch
-            last = images >= total
+            last, leaving = images >= total, preemption.asked()
 
             log.step(images)
-            if last or _crossed(recipe.tick_kimg, seen, images):
-                log.tick(images, t.meter.collect() | faults.collect(log))
+            if last or leaving or _crossed(recipe.tick_kimg, seen, images):
+                counts, lines, now_diverged = not_finite(t)
+                means = t.meter.collect()
+                with writing():
+                    means |= bad_samples.collect(log)
+                with writing():
+                    log.tick(images, means | counts)
+                    for line in lines:
+                        log.note("nonfinite", line)
+                if now_diverged:
+                    return out.roll_back(now_diverged, resumed if diverged else None)
             if last or _crossed(recipe.image_kimg, seen, images):
-                log.fakes(out.pictures(), images / 1000)
+                with writing():
+                    log.fakes(out.pictures(), images / 1000)
             if last or _crossed(recipe.snapshot_kimg, seen, images):
-                out.snapshot(images)
-            if score and (last or _crossed(recipe.metrics_kimg, seen, images)):
-                score(images, log)
-            if last or _crossed(recipe.checkpoint_kimg, seen, images):
-                out.checkpoint(images)
-        log.finish({"snapshot": out.snapshot_path(images)} | ({"best": out.best_path} if score else {}))
+                with writing():
+                    out.snapshot(images)
+            if score and (last or (not leaving and _crossed(recipe.metrics_kimg, seen, images))):
+                with writing():
+                    score(images, log)
+            if last or leaving or _crossed(recipe.checkpoint_kimg, seen, images):
+                with writing():
+                    out.checkpoint(images)
+            if leaving and not last:
+                with writing():
+                    log.note("preempted", f"{leaving} at {images / 1000:g} kimg: the same command resumes the run")
+                raise SystemExit(EXIT_RESUME)
+        with writing():
+            log.finish({"snapshot": out.snapshot_path(images)} | ({"best": out.best_path} if score else {}))
+    return ""
 
 
 def _crossed(every_kimg: float, before: int, after: int) -> bool:
@@ -129,14 +169,6 @@ def _to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     return images.div_(127.5).sub_(1)
 
 
-def _check_writable(run_dir: Path) -> None:
-    with writable(run_dir, "choose another with run_dir=…"):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-
-
 def _dataset(data: Data) -> Manifest:
     shards = data.shards or ensure_digits("datasets", data.resolution, data.channels)
     manifest = open_shards(
@@ -145,15 +177,6 @@ def _dataset(data: Data) -> Manifest:
     )  # fmt: skip
     manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
     return manifest
-
-
-def _resume(recipe: Recipe) -> checkpoint.Checkpoint | None:
-    folders = checkpoint.checkpoint_folders(recipe.run_dir)
-    if not folders:
-        return None
-    found = checkpoint.read_checkpoint(folders[-1])
-    check_same_networks(json.dumps(found.state["recipe"]), recipe, checkpoint=found.path)
-    return found
 
 
 def _networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
@@ -190,7 +213,9 @@ def _training(
 
     def shard(module, lr: float, interval: int) -> distributed.Sharded:
         optimizer = distributed.lazy_adam(module.parameters(), lr, adam.beta1, adam.beta2, adam.eps, interval)
-        return distributed.Sharded(module, optimizer, zero_stage=recipe.zero_stage, micro_batch=micro)
+        return distributed.Sharded(
+            module, optimizer, zero_stage=recipe.zero_stage, micro_batch=micro, skip=recipe.faults.nonfinite == "skip"
+        )
 
     return Training(
         recipe=recipe,
@@ -216,7 +241,7 @@ def main(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train a StyleGAN2 with HSR from a recipe. The same command again resumes the run."""
-    with user_errors(quiet=os.environ.get("RANK", "0") != "0"):
+    with user_errors(quiet=os.environ.get("LOCAL_RANK", "0") != "0"):  # one line a machine
         train(recipe, overrides or [])
 
 

@@ -16,7 +16,7 @@ import pytest
 from shard_fixtures import COUNT, encode, numbers, pack, picture
 from test_training import expect_error, train, workspace  # noqa: F401  (a fixture)
 
-from hsrgan.engine import data, faults, samples, shard_sources, stats
+from hsrgan.engine import bad_samples, data, samples, shard_sources, stats
 from hsrgan.engine.errors import UserError
 
 BAD = {  # sample: what is done to it
@@ -79,7 +79,7 @@ def damaged(tmp_path_factory):
 
 
 def stream_of(manifest, rank=0, world=1, workers=0, batches=13, **options):
-    found = faults.DataFaults(manifest, collected=True)
+    found = bad_samples.DataFaults(manifest, collected=True)
     stream = data.open_stream(
         manifest, seed=7, start=0, global_batch=16, window=3, rank=rank, world=world, workers=workers, faults=found,
         **options,

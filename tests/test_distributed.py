@@ -32,18 +32,19 @@ def test_lazy_adam_scales_rate_and_betas():
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_step_is_plain_adam_on_mended_gradients(one_rank, stage):
+def test_without_skip_a_step_is_plain_adam_on_mended_gradients(one_rank, stage):
     """NaN counts as 0, infinities as ±1e5, a parameter without gradient as one with zeros; nothing is clipped."""
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
     plain = [nn.Parameter(p.detach().clone()) for p in module.parameters()]
     reference = lazy_adam(plain, 0.1, 0.0, 0.99, 1e-8, 4)
-    sharded = Sharded(module, lazy_adam(module.parameters(), 0.1, 0.0, 0.99, 1e-8, 4), zero_stage=stage, micro_batch=1)
+    adam = lazy_adam(module.parameters(), 0.1, 0.0, 0.99, 1e-8, 4)
+    sharded = Sharded(module, adam, zero_stage=stage, micro_batch=1, skip=False)
     nan, inf = float("nan"), float("inf")
     first = torch.tensor([[nan, inf, -inf], [1.0, -200.0, 0.0]])
     for weight, bias in ((first, None), (torch.ones(2, 3), torch.tensor([3.0, nan]))):
         with distributed.gathered(sharded):
-            sharded.step([weight, bias])
+            sharded.step([weight, bias], torch.tensor(1.0))
         plain[0].grad = weight.nan_to_num(nan=0.0, posinf=1e5, neginf=-1e5)
         plain[1].grad = torch.zeros(2) if bias is None else bias.nan_to_num(nan=0.0)
         reference.step()
@@ -53,3 +54,38 @@ def test_step_is_plain_adam_on_mended_gradients(one_rank, stage):
     assert sharded.optimizer_step() == 2
     state = sharded.optimizer_state()
     assert torch.equal(state["exp_avg_sq.weight"], reference.state[plain[0]]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_changes_nothing(one_rank, stage):
+    """Parameters, moments and count are to the last bit those of a run without it; it is counted and named."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    plain = [nn.Parameter(p.detach().clone()) for p in module.parameters()]
+    reference = lazy_adam(plain, 0.1, 0.5, 0.99, 1e-8, 4)
+    adam = lazy_adam(module.parameters(), 0.1, 0.5, 0.99, 1e-8, 4)
+    sharded = Sharded(module, adam, zero_stage=stage, micro_batch=1)
+    nan, inf, fine = float("nan"), float("inf"), torch.tensor(1.0)
+    good = [torch.full_like(p, 0.3) for p in plain]
+    for gradients, loss in (
+        ([None, None, None, None], fine),  # nothing wrong: an ordinary step, of zeros
+        ([good[0], good[1], good[2] * nan, good[3] * inf], fine),
+        (good, torch.tensor(nan)),
+        (good, fine),
+    ):
+        with distributed.gathered(sharded):
+            sharded.step(gradients, loss)
+        if sharded.finite.found == 0:
+            for parameter, gradient in zip(plain, gradients, strict=True):
+                parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+            reference.step()
+    assert sharded.optimizer_step() == 2
+    with distributed.gathered(sharded):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(module.parameters(), plain, strict=True))
+    state = sharded.optimizer_state()
+    for name, theirs in zip(sharded.names, plain, strict=True):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[f"{moment}.{name}"], reference.state[theirs][moment])
+    found = sharded.finite.collect()
+    assert (found.count, found.steps, found.first, found.of) == (2, 4, "1.weight", 2)
+    assert sharded.finite.collect().count == 0

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from http_shards import serving
 from shard_fixtures import numbers, pack
 
-from hsrgan.engine import data, faults, shard_cache, transport
+from hsrgan.engine import bad_samples, data, shard_cache, transport
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.shard_sources import open_shards
 
@@ -177,7 +177,7 @@ def test_nobody_there_is_one_line(tmp_path):
 def test_retries_are_said_and_logged(packed, server, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(shard_cache, "SLOW_SECONDS", 0.0)
     server.faults["00003.tar"] = ["500", "cut"]
-    found = faults.DataFaults(manifest := remote(server, tmp_path), collected=True)
+    found = bad_samples.DataFaults(manifest := remote(server, tmp_path), collected=True)
     stream = data.open_stream(manifest, seed=7, start=0, global_batch=103, window=WINDOW, workers=1, faults=found)
     next(stream)
     said = capfd.readouterr().err.splitlines()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hsrgan.engine.config import Recipe
-from hsrgan.engine.distributed import World, lazy_adam
+from hsrgan.engine.distributed import World, lazy_adam, mended
 from hsrgan.engine.draws import Draws
+from hsrgan.engine.finite import Finite
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.phases import GeneratorWithHeads, Phase, Round, Training, run_phase
@@ -31,17 +32,21 @@ class Plain:
     def __init__(self, module: nn.Module, lr: float, interval: int) -> None:
         self.module, self.parameters = module, list(module.parameters())
         self.optimizer = lazy_adam(self.parameters, lr, 0.0, 0.99, 1e-8, interval)
+        self.finite = Finite([name for name, _ in module.named_parameters()], self.parameters[0].device)
 
-    def step(self, gradients: Sequence[Tensor | None]) -> None:
-        self.mend(gradients)
+    def step(self, gradients: Sequence[Tensor | None], loss: Tensor) -> None:
+        self.optimizer.found_inf = self.mend(gradients, loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def mend(self, gradients: Sequence[Tensor | None]) -> None:
-        """Finite gradients for all parameters."""
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            found = torch.zeros_like(parameter) if gradient is None else gradient
-            parameter.grad = torch.nan_to_num(found, nan=0.0, posinf=1e5, neginf=-1e5)
+    def mend(self, gradients: Sequence[Tensor | None], loss: Tensor) -> Tensor:
+        """Finite gradients for all parameters; 1 [] if they were not, or the loss."""
+        pairs = list(zip(self.parameters, gradients, strict=True))
+        whole = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in pairs]
+        found = self.finite.count(self.finite.check(whole, loss))
+        for parameter, gradient in zip(self.parameters, mended(whole), strict=True):
+            parameter.grad = gradient
+        return found
 
 
 def random_teacher(layers: dict[int, int], model: str = TEACHER, **kwargs: object) -> Teacher:

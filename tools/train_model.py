@@ -192,14 +192,14 @@ def phase_cost(t: Training, phase: Phase, batch: Round, gpu: Gpu, backend: str) 
     other.module.requires_grad_(False)
     inputs = sum(value.nbytes for value in vars(batch).values() if value is not None)
     with counting(t, gpu, backend) as counter:
-        gradients, _ = phase.gradients(batch)
+        gradients, told = phase.gradients(batch)
     found, peak = counter.cost, counter.peak
     if backend == "triton":
         with counting(t, gpu, "torch") as definition:
             phase.gradients(batch)
         found.seconds += missing_seconds(found, definition.cost, gpu)
     with counting(t, gpu, backend) as counter:
-        net.mend(gradients)
+        net.mend(gradients, told.loss)
         net.optimizer.zero_grad(set_to_none=True)
     # Adam is one kernel: reads the gradient, reads and writes the parameter and both moments
     counter.cost.add(7 * sum(p.nbytes for p in net.parameters), 0, False, gpu)

@@ -1,0 +1,69 @@
+"""A checkpoint of any number of ranks and ZeRO stage goes on on any other, as if nothing had changed."""
+
+from pathlib import Path
+
+import forked
+import pytest
+from safetensors.torch import load_file
+
+LAYOUTS = [(ranks, stage) for ranks in (1, 2) for stage in range(4)]
+NAMED = [((2, 2), (1, 1)), ((1, 1), (2, 2))]
+FEW = [((1, 3), (2, 0)), ((2, 0), (1, 3))]
+OTHERS = [(a, b) for a in LAYOUTS for b in LAYOUTS if a != b and (a, b) not in NAMED + FEW]
+SAVED, DONE = "000000080", "000000160"  # ten steps, and ten more
+BUFFERS = ("noise_const", "resample_filter")  # never trained: they would dilute a relative difference
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    (folder / "recipe.yaml").write_text(forked.RECIPE)
+    return folder
+
+
+def run(workspace: Path, source: tuple[int, int], target: tuple[int, int]) -> Path:
+    """Ten steps under `source` (made once), then ten more under `target`; the last checkpoint."""
+    options = ("checkpoint_kimg=0.08", "tick_kimg=0.08")
+    first, then = (f"r{ranks}z{stage}" for ranks, stage in (source, target))
+    saved = workspace / first / "checkpoints" / SAVED
+    if not saved.exists():
+        forked.train(workspace, f"run_dir={first}", "kimg=0.08", f"zero_stage={source[1]}", *options, ranks=source[0])
+    name = f"{first}-{then}"
+    folder = workspace / name / "checkpoints"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        (folder / SAVED).symlink_to(saved)
+        options = ("keep_checkpoints=3", *options)
+        said = forked.train(
+            workspace, f"run_dir={name}", "kimg=0.16", f"zero_stage={target[1]}", *options, ranks=target[0]
+        )
+        assert "resuming at 0.08 kimg" in said
+    return folder / DONE
+
+
+def difference(a: Path, b: Path, part: str) -> float:
+    """‖a − b‖ / ‖b‖ over the trained tensors of a file, in fp64."""
+    first, second = load_file(a / f"{part}.safetensors"), load_file(b / f"{part}.safetensors")
+    assert first.keys() == second.keys()
+    keys = [key for key in second if not key.endswith(BUFFERS)]
+    error = sum((first[key].double() - second[key].double()).square().sum() for key in keys)
+    return float((error / sum(second[key].double().square().sum() for key in keys)) ** 0.5)
+
+
+def layout(value: tuple[int, int]) -> str:
+    return f"{value[0]} rank{'s' * (value[0] > 1)} ZeRO {value[1]}"
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [*NAMED, *FEW, *(pytest.param(*pair, marks=forked.only_if_all) for pair in OTHERS)],
+    ids=layout,
+)
+def test_ten_more_steps_elsewhere_are_the_same(workspace, source, target):
+    """Against the run that stayed: parameters, averages and both moments to 1e-6."""
+    moved, stayed = run(workspace, source, target), run(workspace, source, source)
+    found = {part: difference(moved, stayed, part) for part in ("G", "D", "G_ema", "G_adam", "D_adam")}
+    print(f"{layout(source)} → {layout(target)}: {', '.join(f'{part} {value:.1e}' for part, value in found.items())}")
+    assert max(found.values()) < 1e-6
+    before = workspace / moved.parent / SAVED
+    assert min(difference(moved, before, part) for part in ("G", "D", "G_ema", "G_adam", "D_adam")) > 1e-5
