@@ -75,14 +75,14 @@ def open_shards(
 
 
 def _is_manifest(single: str) -> bool:
-    if not scheme_of(single):
-        path = Path(single)
-        return not single.endswith((".tar", ".txt")) and (not path.is_dir() or not any(path.glob("*.tar")) or any(
-            (path / name).exists() for name in (MANIFEST, f"{MANIFEST}.part")
-        ))
-    return single.startswith(("http:", "https:", "s3:", "gs:", "hf:")) and not _url_path(single).endswith(
-        (".tar", ".txt")
-    )
+    """Whether this is a packed data set (perhaps an unfinished or missing one) rather than shards."""
+    if scheme_of(single):
+        is_list = _url_path(single).endswith((".tar", ".txt"))
+        return not is_list and scheme_of(single) in ("http", "https", "s3", "gs", "hf")
+    path = Path(single)
+    if path.is_dir() and not any((path / name).exists() for name in (MANIFEST, f"{MANIFEST}.part")):
+        return not any(path.glob("*.tar"))
+    return not single.endswith((".tar", ".txt"))
 
 
 def _url_path(url: str) -> str:

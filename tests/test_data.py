@@ -333,7 +333,8 @@ def test_workers_beside_openmp_end_with_the_program(manifest):
 def test_workers_survive_a_ctrl_c_that_the_main_process_handles(manifest):
     """So that a trainer can end its step and save when a terminal interrupts the whole group."""
     stream = open_stream(manifest, workers=2)
-    next(stream)
+    for _ in range(2):  # so that both have begun to ignore it
+        next(stream)
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
     for _ in range(50):
