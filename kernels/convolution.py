@@ -120,8 +120,7 @@ class InputGradient(Function):
         tile = tile_of(g, x.shape[1], adjoint, fused=True)
         if tile is None:
             u = convolve(g, w, adjoint)
-            gscale = (u * x).sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-            return u * pairs(scale, u), gscale.to(scale.dtype)
+            return u * pairs(scale, u), _over_pixels(u, x).to(scale.dtype)
         from hsrgan.kernels.conv_gemm_triton import Tail, launch_gemm
 
         gx, gscale = launch_gemm(
@@ -165,11 +164,11 @@ class WeightGradient(Function):
         if want_x or want_x_scale:
             u = Convolution.apply(_scaled(g, g_scale), hw, None, w, ctx.geometry.adjoint(x))
             gx = _scaled(u, x_scale)
-            gx_scale = (u * x).sum((2, 3)).to(x_scale.dtype) if want_x_scale else None
+            gx_scale = _over_pixels(u, x).to(x_scale.dtype) if want_x_scale else None
         if want_g or want_g_scale:
             u = Convolution.apply(_scaled(x, x_scale), hw, None, w, ctx.geometry)
             gg = _scaled(u, g_scale)
-            gg_scale = (u * g).sum((2, 3)).to(g_scale.dtype) if want_g_scale else None
+            gg_scale = _over_pixels(u, g).to(g_scale.dtype) if want_g_scale else None
         return gx, gg, gx_scale, gg_scale, None, None
 
 
@@ -205,6 +204,12 @@ def _weight_gradient(
 def _kernel(geometry: Geometry) -> dict[str, object]:
     """What `launch_gemm` is told of it."""
     return {"stride": geometry.stride, "padding": geometry.padding, "transposed": geometry.transposed}
+
+
+def _over_pixels(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_q a·b [N, C] in fp32 (fp64 for fp64): neither a product nor a sum of half precision is rounded or overflows."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) * b.to(wide)).sum((2, 3))
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
