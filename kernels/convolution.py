@@ -11,6 +11,8 @@ The weight comes as a pair: the parameter, to which the gradient goes in its own
 and layout of the activations, made once and shared by every pass.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -180,7 +182,9 @@ def convolve(x: Tensor, w: Tensor, geometry: Geometry, scale: Tensor | None = No
 
         return launch_gemm(x, w, geometry.size(x), tile, **_kernel(geometry), scale=scale)[0]
     _, s, p, transposed, left_over = geometry
-    return torch.ops.aten.convolution(_scaled(x, scale), w, None, [s] * 2, [p] * 2, [1, 1], transposed, left_over, 1)
+    x = _scaled(x, scale)
+    with _in_fixed_order():
+        return torch.ops.aten.convolution(x, w, None, [s] * 2, [p] * 2, [1, 1], transposed, left_over, 1)
 
 
 def _weight_gradient(
@@ -193,12 +197,24 @@ def _weight_gradient(
         scaled = x_scale is not None or g_scale is not None
         if forced() == "gemm" or (forced() is None and fits(x, g, k, scaled=scaled)):
             return gradients(x, g, None, x_scale, g_scale, k, stride, padding, (True, False, False))[0]
-    x = _scaled(x, x_scale)
+    x, g = _scaled(x, x_scale), _scaled(g, g_scale)
     # read for its shape and layout only
     w = torch.empty(g.shape[1], x.shape[1], k, k, dtype=x.dtype, device=x.device, memory_format=layout(x))
     s, p = [stride] * 2, [padding] * 2
     mask = [False, True, False]
-    return torch.ops.aten.convolution_backward(_scaled(g, g_scale), x, w, None, s, p, [1, 1], False, [0, 0], 1, mask)[1]
+    with _in_fixed_order():
+        return torch.ops.aten.convolution_backward(g, x, w, None, s, p, [1, 1], False, [0, 0], 1, mask)[1]
+
+
+@contextmanager
+def _in_fixed_order() -> Iterator[None]:
+    """Inside cuDNN and MIOpen add up in one order: left alone they may choose an implementation with atomics."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        cudnn.deterministic = before
 
 
 def _kernel(geometry: Geometry) -> dict[str, object]:
