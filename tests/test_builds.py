@@ -36,7 +36,7 @@ OPS = {call.op for call in kernel_shapes.calls()} - {"conv2d", "conv2d_bias_act"
     [
         (OPS, ["--resolution=64", "--resolution=1024", "--dtype=float16"]),
         (OPS, ["--resolution=64", "--resolution=1024", "--dtype=float32", "--target=sm_100"]),
-        ({"feature_match"}, ["--resolution=8", "--dtype=float16"]),  # the teacher's grid is finer
+        ({"feature_match"}, ["--resolution=8", "--dtype=float16", "--dtype=float32"]),  # the teacher's grid is finer
     ],
     ids=["half", "single", "finer grid"],
 )
