@@ -1,7 +1,7 @@
 """The operations StyleGAN2 and HSR spend their time in, each beside its definition in plain PyTorch.
 
-Every op is `op(…)`, fast, and `op_torch(…)`, the definition it is tested against. All are differentiable any number of
-times (feature_match once), so that R1 and path length need nothing special. Imports torch only.
+Every op is `op(…)`, fast, and `op_torch(…)`, the definition it is tested against. All are differentiable twice or more,
+as their docstrings say (feature_match once), so that R1 and path length need nothing special. Imports torch only.
 """
 
 from hsrgan.kernels.bias_act import bias_act, bias_act_torch

@@ -15,7 +15,6 @@ As an input gradient (g → x's; the transpose, or the mirrored weight at stride
 gives the style's gradient too: sums Σ_q c·x, a row of partial sums a program, added up by PyTorch in a fixed order.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.conv_table import Tile, kind_of
-from hsrgan.kernels.fir4_triton import accumulator, empty, is_nhwc
+from hsrgan.kernels.conv_table import Tile
+from hsrgan.kernels.fir4_triton import empty, is_nhwc
 from hsrgan.kernels.pointwise_triton import pointwise, pre_activation
+from hsrgan.kernels.products import products
 from hsrgan.kernels.tiles import power_of_two
 
 COLUMNS = 16
@@ -138,14 +138,6 @@ def conv_gemm(
     y = pointwise(p, ACT, SLOPE, GAIN, CLAMP)
     y_at = Y + n * yn + (row * yh + col * yw)[:, None] + (co * yc)[None, :]
     tl.store(y_at, y.to(Y.dtype.element_ty), mask=ok)
-
-
-def products(x: Tensor) -> dict[str, object]:
-    """The constants ACC, DOT and PRECISION: dtype of sums, of a product's operands, and its mode for fp32."""
-    dot = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16}.get(x.dtype, tl.bfloat16)
-    if dot == tl.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
-        dot = tl.float32  # the interpreter's bf16 products are garbage
-    return {"ACC": accumulator(x), "DOT": dot, "PRECISION": "tf32" if kind_of(x.dtype) == "tf32" else "ieee"}
 
 
 def vector(x: Tensor, k: int) -> int | None:

@@ -106,16 +106,9 @@ def choose(shape: Shape, dtype: torch.dtype, chip: str) -> Tile | None:
 
 def default_tile(shape: Shape, dtype: torch.dtype, chip: str) -> Tile:
     """The narrowest tile of TILES that holds all outputs, else the widest; on an unknown chip what fits every one."""
-    kind = kind_of(dtype)
+    kind = "fp64" if dtype.itemsize == 8 else launch.kind_of(dtype)
     tiles = TILES[kind, (_architecture(chip) or "gfx942") if kind == "half" else ""]
     return next((tile for tile in reversed(tiles) if tile.outputs >= shape.outputs), tiles[0])
-
-
-def kind_of(dtype: torch.dtype) -> str:
-    """ "half", "tf32", "ieee" (fp32 without tensor cores) or "fp64"."""
-    if dtype.itemsize == 4:
-        return "tf32" if launch.tf32_allowed() else "ieee"
-    return "half" if dtype.itemsize == 2 else "fp64"
 
 
 def _architecture(chip: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.convolution import Convolution, Geometry, cast
+from hsrgan.kernels.convolution import Convolution, Geometry, WeightGradient, cast
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -40,12 +40,15 @@ def weight_gradient(
 ) -> Tensor:  # fmt: skip
     """Σ over samples and pixels of g_scale·g · x_scale·x, for each of the k×k taps: [Cout, Cin, k, k] in fp32.
 
+    What the convolutions take for their own: the Triton kernel where `conv_wgrad_triton.fits` says so, or
+    `conv_table.use_convolution`, else the library's with the scales multiplied in before.
+
     x [N, Cin, H, W] is what the convolution read, g [N, Cout, h, w], of the dtype of x, the gradient of what it wrote;
     x_scale [N, Cin], g_scale [N, Cout]. k is 1 or 3, stride 1 or 2. fp64 gives fp64. Sums are in fp32 and in a fixed
     order. Differentiable any number of times in all four tensors.
     """
     _check(x, g, k, stride, padding, x_scale, g_scale, "x_scale", "g_scale")
-    return _Gradients.apply(x, g, None, x_scale, g_scale, k, stride, padding, (True, False, False))[0]
+    return WeightGradient.apply(x, g, x_scale, g_scale, Geometry(k, stride, padding), _wide_type(x))
 
 
 def modulated_weight_gradients_torch(
@@ -69,6 +72,10 @@ def modulated_weight_gradients(
     padding: int = 0, *, want: tuple[bool, bool, bool] = (True, True, True),
 ) -> Gradients:  # fmt: skip
     """dw [Cout, Cin, k, k], dstyle [N, Cin] and ddemod [N, Cout] in fp32, None where not wanted.
+
+    For callers that hold x and g alone and want all three at once: always the Triton kernel on a GPU, in one pass. The
+    trainer's layers do not call it: they have dstyle and ddemod for nothing, out of the pass that makes the gradient of
+    x (`conv_gemm_triton`'s sums, or that of bias_act), and want dw alone.
 
     x [N, Cin, H, W] unscaled; g [N, Cout, h, w] the gradient of what `demod` has scaled, of the dtype of x; weight
     [Cout, Cin, k, k]; style [N, Cin] and demod [N, Cout], None for ones. k, stride, sums and dtypes as in
@@ -96,7 +103,7 @@ def _check(x, g, k, stride, padding, x_scale, g_scale, x_name, g_name) -> None:
 
 
 class _Gradients(torch.autograd.Function):
-    """x, g, w, xs, gs → dw, dxs, dgs as far as wanted; w (None if dw alone is wanted) and the scales may be None.
+    """x, g, w, xs, gs → dw, dxs, dgs as far as wanted; the scales may be None.
 
     With upstream gradients A, b, c the scalar to differentiate is Σ P·(A·gs·xs + w·(gs·b + c·xs)).
     """
@@ -110,9 +117,6 @@ class _Gradients(torch.autograd.Function):
             from hsrgan.kernels.conv_wgrad_triton import gradients
 
             return tuple(gradients(x, g, w, xs, gs, k, stride, padding, want))
-        if w is None:
-            dw = weight_gradient_torch(x, g, k, stride, padding, x_scale=xs, g_scale=gs)
-            return dw, None, None
         return modulated_weight_gradients_torch(x, g, w, xs, gs, stride, padding, want=want)
 
     @staticmethod
@@ -136,9 +140,10 @@ class _Gradients(torch.autograd.Function):
             by_gs = _sum(convolve(_scaled(x, xs), A, False), convolve(_times(x, b), w, False))
             gg = _sum(_scaled(by_gs, gs), _scaled(convolve(_scaled(x, xs), w, False), c) if c is not None else None)
         if want_w:
-            of_b = None if b is None else again(None, b, gs, True, False, False)[0]
-            of_c = None if c is None else again(None, xs, c, True, False, False)[0]
-            gw = _sum(of_b, of_c)
+            pairs = [] if b is None else [(b, gs)]
+            pairs += [] if c is None else [(xs, c)]
+            geometry = Geometry(k, stride, padding)
+            gw = _sum(*(WeightGradient.apply(x, g, *scales, geometry, w.dtype) for scales in pairs))
         gxs, ggs = (None, None)
         if want_xs or want_gs:
             parts = [] if A is None else [again(A, xs, gs, False, want_xs, want_gs)[1:]]
@@ -154,8 +159,12 @@ def _convolve(t, weight, x, k, stride, padding, transposed):
     return Convolution.apply(t, weight, None, cast(weight, x), geometry.adjoint(x) if transposed else geometry)
 
 
+def _wide_type(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
 def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(_wide_type(t))
 
 
 def _scaled(t: Tensor | None, scale: Tensor | None) -> Tensor | None:

@@ -21,14 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.feature_match_triton import kind, precision
-from hsrgan.kernels.fir4_triton import is_nhwc
-from hsrgan.kernels.tiles import power_of_two
+from hsrgan.kernels.products import products
+from hsrgan.kernels.tiles import is_nhwc, power_of_two
 
 PROGRAMS = 264  # fewer leave some of an H200's 132 multiprocessors, two programs each, without work
 # By chip: KiB of shared memory that a program of eight warps or two of four may fill; bytes of one channel that a step
 # takes (64 or 32 pixels in half precision); stages at most. Others have what fits gfx942.
 LIMITS = {"sm_80": (160, 64, 4), "sm_90": (224, 128, 3), "sm_100": (224, 128, 3), "sm_103": (224, 128, 3)}
+SAMPLES = 2**16 - 1  # in one launch, where each has programs of its own: CUDA's limit of a grid's second axis
 WORKSPACE = 2**27  # bytes of unsummed dw at most, unless one sample's share is more: samples are taken in turn
 
 
@@ -139,7 +139,7 @@ def blocks(x: Tensor, g: Tensor, k: int) -> dict[str, int]:
     products take ordinary multipliers and whole rows in registers, hence small tiles.
     """
     rows, chip = k * x.shape[1], launch.chip(x)
-    if kind(x) == "ieee":
+    if launch.kind_of(x.dtype) == "ieee":
         return {"BR": max(16, min(32, power_of_two(rows))), "BO": 32, "BK": 16, "num_warps": 4, "num_stages": 2}
     bo = max(16, min(128, power_of_two(g.shape[1])))
     br = 128 if -(-rows // 128) * 128 <= -(-rows // 64) * 64 and (k == 1 or bo < 128) else 64
@@ -163,7 +163,7 @@ def fits(x: Tensor, g: Tensor, k: int, *, scaled: bool) -> bool:
     flops in the time of a byte on an H200). And the sums of the samples must not outweigh what they are made of.
     """
     cin, cout = x.shape[1], g.shape[1]
-    fast = kind(x) != "ieee" and is_nhwc(x) and is_nhwc(g)
+    fast = launch.kind_of(x.dtype) != "ieee" and is_nhwc(x) and is_nhwc(g)
     sums = (len(x) if scaled else 1) * 2 * 4 * k * k * cin * cout
     return fast and cin % 16 == cout % 16 == 0 and min(cin, cout) <= 64 and sums <= x.nbytes + g.nbytes
 
@@ -181,7 +181,7 @@ def gradients(
     flat = None if weight is None else weight.to(wide).permute(3, 2, 1, 0).contiguous()
     by_sample = want[1] or want[2] or xs is not None or gs is not None
     a_sample = k * k * cin * cout * wide.itemsize
-    at_once = max(1, min(n, WORKSPACE // a_sample)) if by_sample and want[0] else max(1, n)
+    at_once = max(1, min(n, SAMPLES, WORKSPACE // a_sample if want[0] else n)) if by_sample else max(1, n)
     dw, dxs, dgs = None, [], []
     for start in range(0, max(1, n), at_once):
         part = slice(start, start + at_once)
@@ -222,7 +222,7 @@ def _launch(x, g, weight, xs, gs, k, stride, padding, want, by_sample, wide, siz
         wgrad_kernel, (row_tiles * col_tiles, groups * splits), x, g, xs, gs,
         weight if want[1] or want[2] else None, dw, dxs, dgs, cin, cout, height, width, h, w, *x.stride(), *g.stride(),
         row_tiles, row_patches, patches, a_group, splits, a_split, columns, 0,
-        PADDING=padding, K=k, S=stride, VECTOR=vector, **precision(x), **size,
+        PADDING=padding, K=k, S=stride, VECTOR=vector, **products(x), **size,
     )  # fmt: skip
     return [
         None if dw is None else dw[0] if len(dw) == 1 else dw.sum(0),

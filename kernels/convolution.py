@@ -11,6 +11,8 @@ The weight comes as a pair: the parameter, to which the gradient goes in its own
 and layout of the activations, made once and shared by every pass.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -120,8 +122,7 @@ class InputGradient(Function):
         tile = tile_of(g, x.shape[1], adjoint, fused=True)
         if tile is None:
             u = convolve(g, w, adjoint)
-            gscale = (u * x).sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-            return u * pairs(scale, u), gscale.to(scale.dtype)
+            return u * pairs(scale, u), _over_pixels(u, x).to(scale.dtype)
         from hsrgan.kernels.conv_gemm_triton import Tail, launch_gemm
 
         gx, gscale = launch_gemm(
@@ -165,11 +166,11 @@ class WeightGradient(Function):
         if want_x or want_x_scale:
             u = Convolution.apply(_scaled(g, g_scale), hw, None, w, ctx.geometry.adjoint(x))
             gx = _scaled(u, x_scale)
-            gx_scale = (u * x).sum((2, 3)).to(x_scale.dtype) if want_x_scale else None
+            gx_scale = _over_pixels(u, x).to(x_scale.dtype) if want_x_scale else None
         if want_g or want_g_scale:
             u = Convolution.apply(_scaled(x, x_scale), hw, None, w, ctx.geometry)
             gg = _scaled(u, g_scale)
-            gg_scale = (u * g).sum((2, 3)).to(g_scale.dtype) if want_g_scale else None
+            gg_scale = _over_pixels(u, g).to(g_scale.dtype) if want_g_scale else None
         return gx, gg, gx_scale, gg_scale, None, None
 
 
@@ -181,7 +182,9 @@ def convolve(x: Tensor, w: Tensor, geometry: Geometry, scale: Tensor | None = No
 
         return launch_gemm(x, w, geometry.size(x), tile, **_kernel(geometry), scale=scale)[0]
     _, s, p, transposed, left_over = geometry
-    return torch.ops.aten.convolution(_scaled(x, scale), w, None, [s] * 2, [p] * 2, [1, 1], transposed, left_over, 1)
+    x = _scaled(x, scale)
+    with _in_fixed_order():
+        return torch.ops.aten.convolution(x, w, None, [s] * 2, [p] * 2, [1, 1], transposed, left_over, 1)
 
 
 def _weight_gradient(
@@ -194,17 +197,35 @@ def _weight_gradient(
         scaled = x_scale is not None or g_scale is not None
         if forced() == "gemm" or (forced() is None and fits(x, g, k, scaled=scaled)):
             return gradients(x, g, None, x_scale, g_scale, k, stride, padding, (True, False, False))[0]
-    x = _scaled(x, x_scale)
+    x, g = _scaled(x, x_scale), _scaled(g, g_scale)
     # read for its shape and layout only
     w = torch.empty(g.shape[1], x.shape[1], k, k, dtype=x.dtype, device=x.device, memory_format=layout(x))
     s, p = [stride] * 2, [padding] * 2
     mask = [False, True, False]
-    return torch.ops.aten.convolution_backward(_scaled(g, g_scale), x, w, None, s, p, [1, 1], False, [0, 0], 1, mask)[1]
+    with _in_fixed_order():
+        return torch.ops.aten.convolution_backward(g, x, w, None, s, p, [1, 1], False, [0, 0], 1, mask)[1]
+
+
+@contextmanager
+def _in_fixed_order() -> Iterator[None]:
+    """Inside cuDNN and MIOpen add up in one order: left alone they may choose an implementation with atomics."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.deterministic = cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        cudnn.deterministic = before
 
 
 def _kernel(geometry: Geometry) -> dict[str, object]:
     """What `launch_gemm` is told of it."""
     return {"stride": geometry.stride, "padding": geometry.padding, "transposed": geometry.transposed}
+
+
+def _over_pixels(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_q a·b [N, C] in fp32 (fp64 for fp64): neither a product nor a sum of half precision is rounded or overflows."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) * b.to(wide)).sum((2, 3))
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

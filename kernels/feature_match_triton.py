@@ -7,12 +7,10 @@ rows of it, which a tile does not hold.
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from hsrgan.kernels import blocks as table
@@ -20,15 +18,9 @@ from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import SQRT2
 from hsrgan.kernels.feature_distance_triton import distance_and_gradient
 from hsrgan.kernels.feature_pool_triton import dw_kernel, dx_kernel, pool_kernel
+from hsrgan.kernels.products import products
 
 PROGRAMS = 128  # a grid smaller than this leaves multiprocessors idle (an H200 has 132, an A100 108), so it is split
-
-
-def kind(x: Tensor) -> str:
-    """How the kernels multiply what x holds: "half", "tf32" or "ieee"."""
-    if x.element_size() == 2:
-        return "half"
-    return "tf32" if launch.tf32_allowed() and x.dtype == torch.float32 else "ieee"
 
 
 @dataclass(frozen=True)
@@ -73,19 +65,11 @@ def product_blocks(kernel: str, x: Tensor) -> dict[str, int]:
     """The table's sizes of "pool", "dx" or "dw" for x. Its classes of shapes: "<kind> narrow|middle|wide[ ragged]"."""
     c = x.shape[1]
     width = "narrow" if c <= 64 else "middle" if c <= 256 else "wide"
-    sizes = table.sizes(f"feature_match.{kernel}", x, f"{kind(x)} {width}" + (" ragged" if c % 16 else ""))
+    shape = f"{launch.kind_of(x.dtype)} {width}" + (" ragged" if c % 16 else "")
+    sizes = table.sizes(f"feature_match.{kernel}", x, shape)
     if "BC" in sizes:
         sizes["BC"] = min(sizes["BC"], max(16, triton.next_power_of_2(c)))
     return sizes
-
-
-def precision(x: Tensor) -> dict[str, object]:
-    """The constants ACC, DOT and PRECISION: dtype of sums, of a product's operands, and its mode for fp32."""
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-    dot = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16}.get(x.dtype, tl.bfloat16)
-    if dot == tl.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
-        dot = tl.float32  # the interpreter's bf16 products are garbage
-    return {"ACC": acc, "DOT": dot, "PRECISION": "tf32" if launch.tf32_allowed() else "ieee"}
 
 
 def pool(x: Tensor, w1: Tensor, b1: Tensor, grid: tuple[int, int], scale: float, keep: bool) -> tuple[Tensor, Tensor]:
@@ -103,7 +87,7 @@ def pool(x: Tensor, w1: Tensor, b1: Tensor, grid: tuple[int, int], scale: float,
         pool_kernel, (along_k, groups * row_parts * col_parts), x, w1, b1, bins, positive, n, c, height, width, k, h, w,
         *x.stride(), *w1.stride(), scale, bin_rows, row_parts, col_parts, row_bytes, **tiles.constants,
         NC=-(-c // blocks["BC"]), SHARED=height % h != 0 or height // h % tiles.rows != 0, KEEP=keep,
-        **precision(x), **blocks,
+        **products(x), **blocks,
     )  # fmt: skip
     return bins, positive
 
@@ -118,7 +102,7 @@ def pool_dx(x: Tensor, dbins: Tensor, positive: Tensor, w1: Tensor, alpha: Tenso
     launch.run(
         dx_kernel, (-(-c // blocks["BC"]), programs), dbins, positive, w1, alpha, dx, n, c, height, width, k, h, w,
         *dx.stride(), *w1.stride(), row_tiles, tiles.chunks, positive.shape[2],
-        **tiles.constants, **precision(x), **blocks,
+        **tiles.constants, **products(x), **blocks,
     )  # fmt: skip
     return dx
 
@@ -134,7 +118,7 @@ def pool_dw(x: Tensor, dbins: Tensor, positive: Tensor, alpha: Tensor) -> tuple[
     dw, db = x.new_empty(splits, k, c, dtype=alpha.dtype), x.new_empty(splits, k, dtype=alpha.dtype)
     launch.run(
         dw_kernel, (along_k, along_c, splits), x, dbins, positive, dw, db, n, c, height, width, k, h, w, *x.stride(),
-        row_tiles, tiles.chunks, positive.shape[2], count, a_split, **tiles.constants, **precision(x), **blocks,
+        row_tiles, tiles.chunks, positive.shape[2], count, a_split, **tiles.constants, **products(x), **blocks,
     )  # fmt: skip
     return (dw[0] if splits == 1 else dw.sum(0)).mul_(alpha), db.sum(0).mul_(alpha)
 

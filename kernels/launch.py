@@ -78,6 +78,11 @@ def tf32_allowed() -> bool:
     return _tf32
 
 
+def kind_of(dtype: torch.dtype) -> str:
+    """How kernels multiply values of dtype: "half", "tf32" (fp32 where allowed) or "ieee" (fp32 else, and fp64)."""
+    return "half" if dtype.itemsize == 2 else "tf32" if _tf32 and dtype.itemsize == 4 else "ieee"
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch of a Triton kernel as `record` saw it: what an ahead-of-time build needs, and the static model."""

@@ -109,7 +109,9 @@ def test_products_of_hsr_are_counted_and_others_are_told_by_the_definitions():
 
 def test_the_command_models_every_variant_and_says_that_nothing_was_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
     run = CliRunner().invoke(bench_train.app, ["--model", "tiny", "--batch", "4", "--out", str(tmp_path / "rows")])
+    assert torch.backends.cudnn.allow_tf32 is False  # or the fp32 truth of the checks on a GPU would be tf32
     assert run.exit_code == 0 and run.output.count("NOTHING WAS TIMED") == 1 and "nothing was timed" in run.output
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert rows[0]["device"] == "H200 (data sheet)" and rows[0]["date"] and rows[0]["versions"]

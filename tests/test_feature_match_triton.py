@@ -12,6 +12,7 @@ from watched import watched
 
 from hsrgan import kernels
 from hsrgan.kernels import feature_match_triton, launch
+from hsrgan.kernels.products import products
 
 K, CT = 40, 7
 
@@ -219,7 +220,7 @@ def test_the_tf32_switch():
         for allowed, name in ((True, "tf32"), (False, "ieee")):
             launch.allow_tf32(allowed)
             assert torch.backends.cuda.matmul.allow_tf32 == allowed
-            assert feature_match_triton.precision(x)["PRECISION"] == name
+            assert products(x)["PRECISION"] == name
     finally:
         launch.allow_tf32(False)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsrgan import kernels
 
@@ -294,6 +295,24 @@ def network(x, w, style):
     x = kernels.modulated_conv2d(x, w[0], style)
     x = kernels.bias_act(kernels.conv2d(x, w[1] * 1.0), clamp=256)
     return kernels.bias_act(kernels.conv2d(x, w[1], down=2, f=TAPS), clamp=256)
+
+
+def test_the_library_is_told_to_add_up_in_a_fixed_order():
+    """cuDNN's flag, inside every convolution and gradient of ours, and as it was outside."""
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+                seen.append((func._opname, torch.backends.cudnn.deterministic))
+            return func(*args, **(kwargs or {}))
+
+    x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    with Watching():
+        y = kernels.conv2d(x, w)
+        torch.autograd.grad(y, [x, w], torch.ones_like(y))
+    assert sorted(seen) == [("convolution", True)] * 2 + [("convolution_backward", True)]
+    assert torch.backends.cudnn.deterministic is False
 
 
 @pytest.mark.parametrize("wrt", ["images", "styles"])

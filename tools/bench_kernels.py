@@ -150,7 +150,7 @@ def model(cases: list[Case], gpu: Gpu, jobs: int = 0) -> list[dict]:
         if case.call.op not in kernel_timing.CONVOLUTIONS:
             work.append((case, "hsrgan", *launches_of(case, gpu.target)))
             continue
-        chosen = {each.kernel.__name__ for each in launches_of(case, gpu.target)[0]} & {"conv_gemm"}
+        chosen = {each.kernel.__name__ for each in launches_of(case, gpu.target)[0]} & set(kernel_timing.GEMMS)
         for name in IMPLEMENTATIONS:
             with kernel_timing.implementation(name):
                 label = name + (" (chosen)" if (name == "gemm") == bool(chosen) else "")

@@ -26,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.kernels import launch
 from hsrgan.kernels.builds import GPUS
 from hsrgan.tools import train_cpu, train_gpu, train_model, train_stylegan3
 from hsrgan.tools.bench_kernels import OUT, chosen, now, versions
@@ -109,6 +110,7 @@ def main(
             raise UserError("--stylegan3 is timed on a GPU, and there is none here: leave it out")
         wanted = variants(chosen(models or ",".join(MODELS), MODELS, "model"), precision, batch)
         device = torch.cuda.get_device_name() if there else f"{gpu} (data sheet)"
+        launch.allow_tf32(False)  # as in the recipes; PyTorch's default lets cuDNN take tf32 for the fp32 truth
         facts = {"device": device, "versions": versions(), "date": now()}
         found = train_gpu.bench(wanted, turns, train_gpu.Gpu()) if there else train_model.model(wanted, GPUS[gpu])
         what = "timing" if there else "counting"

@@ -186,7 +186,7 @@ def convolution(n: int, c: int, r: int) -> Iterator[Call]:
     if r >= 256:
         rgb = {"x": (n, 3, r, r), "weight": (c, 3, 1, 1), "bias": (c,)}
         yield call("D fromRGB", "conv2d_bias_act", rgb, clamp, pixels)
-    yield call("D conv0", "conv2d", {**x, "weight": (c, c, 3, 3)}, {}, pixels)
+    yield call("D conv0, product", "conv2d", {**x, "weight": (c, c, 3, 3)}, {}, pixels)
     if r > 4:
         down = {**x, "weight": (wide, c, 3, 3), "bias": (wide,), "residual": (n, wide, r // 2, r // 2), **fir}
         low = ("x", "residual")

@@ -29,7 +29,9 @@ from hsrgan.kernels.conv_table import IMPLEMENTATIONS, use_convolution
 from hsrgan.tools.kernel_shapes import Call
 
 MODES = ("forward", "backward", "double")
-CONVOLUTIONS = ("conv2d", "conv2d_bias_act", "modulated_conv2d")  # with two implementations: kernels/conv_table.py
+# with two implementations: kernels/conv_table.py
+CONVOLUTIONS = ("conv2d", "conv2d_bias_act", "modulated_conv2d", "weight_gradient")
+GEMMS = ("conv_gemm", "wgrad_kernel")  # the Triton one's kernels
 FREE = 1e-5  # of the norm: fp32 sums of millions of terms in another order
 PRECISE = 2**27  # elements of the largest tensor up to which the truth is computed in fp64, above it in fp32
 
@@ -173,11 +175,11 @@ class LibraryCalls(TorchDispatchMode):
 
 
 def flops_of(each: launch.Launch) -> float:
-    """FLOP of the products of one launch of the convolutions' GEMM; 0 for every other kernel."""
-    if each.kernel.__name__ != "conv_gemm":
+    """FLOP of the products of one launch of the convolutions' GEMMs; 0 for every other kernel."""
+    if each.kernel.__name__ not in GEMMS:
         return 0
-    x, y, taps = each.arguments[0], each.arguments[3], each.constants["K"] ** 2
-    return 2 * y.numel() * x.shape[1] * taps / (4 if each.constants["TRANSPOSED"] else 1)
+    x, y = each.arguments[0], each.arguments[3 if each.kernel.__name__ == "conv_gemm" else 1]
+    return 2 * y.numel() * x.shape[1] * each.constants["K"] ** 2 / (4 if each.constants.get("TRANSPOSED") else 1)
 
 
 class Stopwatch:

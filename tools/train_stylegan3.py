@@ -97,7 +97,9 @@ def check(networks: ModuleType, variant: Variant, probes: Probes) -> None:
 
 def bench(path: Path, variants: list[Variant], turns: int, probes: Probes) -> Iterator[dict]:
     """A row for each model: theirs has no HSR, no switches."""
-    with checkout(path) as networks:
+    # cuDNN as their own training has it
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
+    with checkout(path) as networks, cudnn:
         for variant in {v.model: replace(v, hsr=False, backend="torch", graphs=False) for v in variants}.values():
             check(networks, variant, probes)
             theirs = contender(networks, variant, probes.device)
