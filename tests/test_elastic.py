@@ -41,13 +41,17 @@ def run(workspace: Path, source: tuple[int, int], target: tuple[int, int]) -> Pa
     return folder / DONE
 
 
-def difference(a: Path, b: Path, part: str) -> float:
-    """‖a − b‖ / ‖b‖ over the trained tensors of a file, in fp64."""
-    first, second = load_file(a / f"{part}.safetensors"), load_file(b / f"{part}.safetensors")
-    assert first.keys() == second.keys()
-    keys = [key for key in second if not key.endswith(BUFFERS)]
-    error = sum((first[key].double() - second[key].double()).square().sum() for key in keys)
-    return float((error / sum(second[key].double().square().sum() for key in keys)) ** 0.5)
+def differences(a: Path, b: Path) -> dict[str, float]:
+    """‖a − b‖ / ‖b‖ in fp64 over the trained tensors of each network, and over each kind of moments."""
+    found = {}
+    for part in ("G", "D", "G_ema", "G_adam", "D_adam"):
+        first, second = load_file(a / f"{part}.safetensors"), load_file(b / f"{part}.safetensors")
+        assert first.keys() == second.keys()
+        for kind in ("exp_avg.", "exp_avg_sq.") if part.endswith("adam") else ("",):
+            keys = [key for key in second if key.startswith(kind) and not key.endswith(BUFFERS)]
+            error = sum((first[key].double() - second[key].double()).square().sum() for key in keys)
+            found[f"{part} {kind}"] = float((error / sum(second[key].double().square().sum() for key in keys)) ** 0.5)
+    return found
 
 
 def layout(value: tuple[int, int]) -> str:
@@ -60,10 +64,13 @@ def layout(value: tuple[int, int]) -> str:
     ids=layout,
 )
 def test_ten_more_steps_elsewhere_are_the_same(workspace, source, target):
-    """Against the run that stayed: parameters, averages and both moments to 1e-6."""
+    """Against the run that stayed: parameters, averages and second moments to 1e-6.
+
+    Of the first moments, with β₁ = 0, nothing is left but the last step's gradient in fp32: there, two layouts differ
+    by 1.6e-6 after 20 steps that no checkpoint interrupts, and by 1.1e-6 here.
+    """
     moved, stayed = run(workspace, source, target), run(workspace, source, source)
-    found = {part: difference(moved, stayed, part) for part in ("G", "D", "G_ema", "G_adam", "D_adam")}
+    found = differences(moved, stayed)
     print(f"{layout(source)} → {layout(target)}: {', '.join(f'{part} {value:.1e}' for part, value in found.items())}")
-    assert max(found.values()) < 1e-6
-    before = workspace / moved.parent / SAVED
-    assert min(difference(moved, before, part) for part in ("G", "D", "G_ema", "G_adam", "D_adam")) > 1e-5
+    assert all(value < (2e-6 if "exp_avg." in part else 1e-6) for part, value in found.items())
+    assert min(differences(moved, moved.parent / SAVED).values()) > 1e-5
