@@ -8,9 +8,11 @@ starting at another position. One `pread` brings one sample.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import itertools
+import mmap
 import multiprocessing
 import os
 import signal
@@ -250,13 +252,22 @@ def check_shards(manifest: Manifest) -> None:
             raise UserError(f"{path} has {size} bytes, its manifest says {shard.bytes}: it is {kind}; {_REMEDY}")
 
 
+_leaving = mmap.mmap(-1, 1)  # shared with the workers, which are forked: not 0 once the main process ends
+
+
+@atexit.register  # runs before multiprocessing's own end, which sends the workers SIGTERM and waits for them
+def _leave() -> None:
+    if multiprocessing.parent_process() is None:
+        _leaving[0] = 1
+
+
 def _start_worker(_number: int) -> None:
     # Ctrl-C reaches every process of a terminal, but the main one alone decides what it means; workers leave with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # So it is with a request to leave, which the launcher sends to every process: the main one saves and ends the
-    # workers. One that hangs is not to hold it up for ever.
+    # workers. One that hangs is not to hold it up for ever. A main process that is on its way out means it.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if _leaving[0] else signal.alarm(60))
     # What the fork inherited is never collected here: finalisers of the main process (of another stream, say) must
     # not run in a worker, and untouched pages stay shared.
     gc.freeze()

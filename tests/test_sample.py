@@ -77,11 +77,12 @@ def test_a_failed_save_leaves_the_former_snapshot(tmp_path, monkeypatch):
     generator = _write(path)
     before = path.read_bytes()
 
-    def torn(tensors, target, metadata):
-        Path(target).write_bytes(before[:100])
+    def torn(target, content):
+        with open(target, "wb") as file:
+            file.write(content[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hsrgan.engine.snapshot.save_file", torn)
+    monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(UserError, match=r"cannot write .*snapshot.safetensors: No space left"):
         save_snapshot(path, generator, recipe_json="{}", kimg=2, dataset={})
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

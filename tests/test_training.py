@@ -274,6 +274,7 @@ WITHOUT_LPIPS = """
 import sys
 from pathlib import Path
 from metric_fixtures import StandInLPIPS
+from hsrgan.engine import distributed
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics import generator_metrics
 from hsrgan.engine.train import train
@@ -282,6 +283,7 @@ try:
     train(Path("recipe.yaml"), ["run_dir=broken", "metrics={names: ppl2_wend}"])
 except UserError as error:
     print(error)
+distributed.stop()
 generator_metrics.load_lpips = StandInLPIPS
 train(Path("recipe.yaml"), sys.argv[1:])
 """
