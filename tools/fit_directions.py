@@ -64,7 +64,7 @@ def main(
 
     Example:
 
-      python tools/fit_directions.py runs/quickstart/snapshots/000140000.safetensors --attributes attributes.safetensors
+      python tools/fit_directions.py runs/quickstart/snapshots/000160000.safetensors --attributes attributes.safetensors
     """
     with user_errors():
         if not out.parent.is_dir():

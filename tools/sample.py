@@ -178,7 +178,7 @@ def main(
 
     Examples:
 
-      python tools/sample.py runs/quickstart/snapshots/000140000.safetensors --seeds 0-63
+      python tools/sample.py runs/quickstart/snapshots/000160000.safetensors --seeds 0-63
 
       python tools/sample.py model.safetensors --seeds 0-9 --label all --psi 0.7 --no-single --out digits
 

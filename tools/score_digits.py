@@ -172,7 +172,7 @@ def main(
 
     Example:
 
-      python tools/score_digits.py runs/quickstart/snapshots/000140000.safetensors --samples 1000
+      python tools/score_digits.py runs/quickstart/snapshots/000160000.safetensors --samples 1000
     """
     with user_errors():
         if seed + samples - 1 > MAX_SEED:
