@@ -65,13 +65,13 @@ class GeneratorMetric:
     """Called with a job: its outcome, a collective."""
 
     def __init__(self, world: World, extras: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # every metric below defines it
 
     def check(self, metric: Metric, generator: Generator, name: str) -> None:
         """Raise `UserError` for a generator, called `name`, that cannot be scored."""
 
     def __call__(self, job: Job) -> Outcome:
-        raise NotImplementedError
+        raise NotImplementedError  # every metric below defines it
 
     def report(self, metric: Metric, folder: Path) -> tuple[list[Table], list[Path]]:
         """What only all generators together tell: tables, and files made in `folder`. On the first rank."""
