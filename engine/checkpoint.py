@@ -203,13 +203,15 @@ def write_checkpoint(
     g_ema: nn.Module,
     *,
     images: int,
-    pl_mean: torch.Tensor,
+    training: dict,
     recipe: dict,
     retention: Retention,
     best: int | None,
     rank: int,
 ) -> None:
     """Write one checkpoint, then drop those that need not be kept. All ranks must call it; rank 0 writes.
+
+    training: `Training.state()`.
 
     Raises CannotWrite, on rank 0, where the file system refuses; what was there before is then as it was.
     """
@@ -223,9 +225,9 @@ def write_checkpoint(
     state = {
         "format": FORMAT,
         "images": images,
-        "pl_mean": pl_mean.item(),
         "adam_steps": {"G": g.optimizer_step(), "D": d.optimizer_step()},
         "recipe": recipe,
+        **training,
     }
     try:
         if rank == 0:

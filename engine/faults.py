@@ -12,11 +12,11 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from hsrgan.engine.config import Faults
 from hsrgan.engine.distributed import World
 from hsrgan.engine.errors import CannotWrite
 from hsrgan.engine.finite import NotFinite
 from hsrgan.engine.phases import Training
+from hsrgan.engine.sections import Faults
 
 
 class Preemption:

@@ -91,7 +91,7 @@ class Outputs:
 
     def checkpoint(self, images: int) -> None:
         checkpoint.write_checkpoint(
-            self.t.recipe.run_dir, self.t.g, self.t.d, self.g_ema, images=images, pl_mean=self.t.pl_mean,
+            self.t.recipe.run_dir, self.t.g, self.t.d, self.g_ema, images=images, training=self.t.state(),
             recipe=self.t.recipe.model_dump(mode="json"), retention=self.retention, best=self.best_images,
             rank=self.t.world.rank,
         )  # fmt: skip

@@ -92,6 +92,14 @@ class Training:
     def discriminator(self) -> nn.Module:
         return self.d.module
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the networks and their optimisers, JSON-able. Waits for the device."""
+        return {"pl_mean": self.pl_mean.item()}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Go on from what `state()` was."""
+        self.pl_mean.fill_(state["pl_mean"])
+
     def scalar(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """[] on the device, filled there: a copy from the host would wait for the device."""
         return torch.full((), value, dtype=dtype, device=self.world.device)

@@ -17,30 +17,21 @@ from typing import Annotated
 import torch
 import typer
 
-from hsrgan.engine import checkpoint, distributed, graphs
+from hsrgan.engine import assembly, checkpoint, distributed, graphs
 from hsrgan.engine.aside import check_writable
 from hsrgan.engine.bad_samples import DataFaults
-from hsrgan.engine.config import Data, Recipe, check_paths, check_same_networks, load_recipe
+from hsrgan.engine.config import Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
-from hsrgan.engine.digits import ensure_digits
-from hsrgan.engine.draws import Draws
 from hsrgan.engine.ema import ema_beta, update_ema
 from hsrgan.engine.errors import EXIT_RESUME, user_errors
 from hsrgan.engine.faults import Preemption, Writing, not_finite
-from hsrgan.engine.hsr import HSRHeads
-from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.outputs import PICTURES, Outputs
 from hsrgan.engine.peers import Peers
 from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
 from hsrgan.engine.scoring import Scoring
-from hsrgan.engine.shard_sources import open_shards
 from hsrgan.engine.shards import Manifest
-from hsrgan.engine.stats import Meter, RunLog
-from hsrgan.engine.teacher import load_teacher
+from hsrgan.engine.stats import RunLog
 from hsrgan.kernels import launch
-
-HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-HEADS = {"fp32": None, "fp16": torch.bfloat16, "bf16": torch.bfloat16}  # nothing clamps what HSR's heads compute
 
 
 def train(recipe_path: Path, overrides: list[str]) -> None:
@@ -50,7 +41,7 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
     launch.allow_tf32(recipe.tf32)
     check_writable(Path(recipe.run_dir))
     check_paths(recipe)
-    manifest = _dataset(recipe.data)
+    manifest = assembly.dataset(recipe.data)
     distributed.start(world, recipe.faults.rendezvous_timeout)
     with Peers(world, recipe.faults.rank_timeout), Preemption(world) as preemption:
         diverged = ""
@@ -66,7 +57,7 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
     resumed = checkpoint.resume_point(recipe.run_dir, world)
     if resumed:
         check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
-    generator, discriminator, heads, teacher = _networks(recipe, manifest, world)
+    generator, discriminator, heads, teacher = assembly.networks(recipe, manifest, world)
     g_module, g_ema = GeneratorWithHeads(generator, heads), copy.deepcopy(generator).requires_grad_(False).eval()
     if resumed:
         resumed.fill("G", g_module)
@@ -78,9 +69,9 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
         source.fill("D", discriminator)
         source.fill("G_ema", g_ema)
 
-    t = _training(recipe, world, manifest, g_module, discriminator, teacher)
+    t = assembly.training(recipe, world, manifest, g_module, discriminator, teacher)
     if resumed:
-        t.pl_mean.fill_(resumed.state["pl_mean"])
+        t.take_up(resumed.state)
         t.g.load_optimizer_state(resumed.tensors["G_adam"], resumed.state["adam_steps"]["G"])
         t.d.load_optimizer_state(resumed.tensors["D_adam"], resumed.state["adam_steps"]["D"])
     return _loop(t, Outputs(t, manifest, g_ema), resumed, preemption, diverged)
@@ -167,66 +158,6 @@ def _to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 [n, C, R, R] → [−1, 1] float32, channels_last."""
     images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
     return images.div_(127.5).sub_(1)
-
-
-def _dataset(data: Data) -> Manifest:
-    shards = data.shards or ensure_digits("datasets", data.resolution, data.channels)
-    manifest = open_shards(
-        str(shards), cache=data.cache, cache_gb=data.cache_gb, allow_shell=data.allow_shell, max_bad=data.max_bad,
-        quiet=os.environ.get("RANK", "0") != "0",
-    )  # fmt: skip
-    manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
-    return manifest
-
-
-def _networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
-    """G, D, HSR heads and teacher on the rank's device; the same values on every rank."""
-    torch.manual_seed(recipe.seed)
-    data = recipe.data
-    shape = {
-        "c_dim": manifest.num_classes if data.labels else 0,
-        "img_resolution": data.resolution,
-        "img_channels": data.channels,
-        "half_dtype": HALF[recipe.precision],
-    }
-    generator = Generator(**recipe.generator.model_dump(exclude={"mixing_prob", "lr", "w_avg_beta"}), **shape)
-    discriminator = Discriminator(**recipe.discriminator.model_dump(exclude={"lr"}), **shape)
-    heads = teacher = None
-    if recipe.hsr:
-        teacher = load_teacher(
-            recipe.hsr.teacher,
-            weights=recipe.hsr.weights,
-            layers=recipe.hsr.layers,
-            parity_normalize=recipe.hsr.parity_normalize,
-        ).to(world.device)
-        if world.device.type == "cuda":
-            teacher.to_bf16()
-        widths = {r: generator.synthesis.channels[r] for r in recipe.hsr.layers}
-        heads = HSRHeads(widths, teacher.channels, recipe.hsr.hidden, HEADS[recipe.precision]).to(world.device)
-    return generator.to(world.device), discriminator.to(world.device), heads, teacher
-
-
-def _training(
-    recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator, teacher
-) -> Training:
-    adam, micro = recipe.adam, recipe.batch // world.size // recipe.accumulation
-
-    def shard(module, lr: float, interval: int) -> distributed.Sharded:
-        optimizer = distributed.lazy_adam(module.parameters(), lr, adam.beta1, adam.beta2, adam.eps, interval)
-        return distributed.Sharded(
-            module, optimizer, zero_stage=recipe.zero_stage, micro_batch=micro, skip=recipe.faults.nonfinite == "skip"
-        )
-
-    return Training(
-        recipe=recipe,
-        world=world,
-        draws=Draws(recipe.seed, world.device, manifest.class_counts if recipe.data.labels else ()),
-        g=shard(g_module, recipe.generator.lr, recipe.path_length.interval),
-        d=shard(discriminator, recipe.discriminator.lr, recipe.r1.interval),
-        teacher=teacher,
-        meter=Meter(world.device),
-        pl_mean=torch.zeros((), device=world.device),
-    )
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

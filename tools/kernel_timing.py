@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hsrgan import kernels
-from hsrgan.engine.errors import UserError
 from hsrgan.kernels import launch
 from hsrgan.kernels.conv_table import IMPLEMENTATIONS, use_convolution
 from hsrgan.tools.kernel_shapes import Call
+from hsrgan.tools.stylegan3_checkout import checkout
 
 MODES = ("forward", "backward", "double")
 # with two implementations: kernels/conv_table.py
@@ -256,20 +255,11 @@ def possible(provider: str, case: Case) -> bool:
     return not (provider == "compiled" and case.mode == "double")
 
 
-def nvidia(checkout: Path) -> Callable[[Call], Op | None]:
+def nvidia(path: Path) -> Callable[[Call], Op | None]:
     """NVIDIA's ops out of the user's checkout of stylegan3, with what they leave out done by PyTorch around them."""
-    if not (checkout / "torch_utils" / "ops" / "bias_act.py").is_file():
-        raise UserError(f"--stylegan3 {checkout}: no torch_utils/ops/bias_act.py there; name a checkout of stylegan3")
-    sys.path.insert(0, str(checkout))
-    try:
-        from torch_utils.ops import bias_act as theirs_act
-        from torch_utils.ops import conv2d_gradfix, conv2d_resample
-        from torch_utils.ops import upfirdn2d as theirs_fir
-        from training.networks_stylegan2 import modulated_conv2d as theirs_modulated
-    except Exception as error:
-        raise UserError(f"--stylegan3 {checkout}: its ops do not import: {error}") from None
-    finally:
-        sys.path.remove(str(checkout))
+    names = ("bias_act", "conv2d_resample", "upfirdn2d")
+    with checkout(path, *(f"torch_utils.ops.{name}" for name in names), "training.networks_stylegan2") as modules:
+        theirs_act, conv2d_resample, theirs_fir, networks = modules
 
     def bias_act(x, bias=None, *, demod=None, noise=None, strength=None, next_style=None, residual=None, **options):
         if demod is not None:
@@ -282,8 +272,6 @@ def nvidia(checkout: Path) -> Callable[[Call], Op | None]:
             y = y * next_style.to(y.dtype)[:, :, None, None]
         return y if residual is None else y + residual
 
-    conv2d_gradfix.enabled = True  # as their training loop has it: without it there is no fast second derivative
-
     def conv2d(x, weight, *, up=1, down=1, f=None):
         return conv2d_resample.conv2d_resample(
             x=x, w=weight.to(x.dtype), f=f, up=up, down=down, padding=weight.shape[-1] // 2, flip_weight=up == 1
@@ -295,7 +283,7 @@ def nvidia(checkout: Path) -> Callable[[Call], Op | None]:
     def modulated_conv2d(x, weight, style, *, up=1, f=None, demodulate=True, noise=None, strength=None, bias=None,
                          **options):  # fmt: skip
         noise = None if noise is None else noise * strength
-        x = theirs_modulated(
+        x = networks.modulated_conv2d(
             x=x, weight=weight, styles=style, noise=noise, up=up, padding=weight.shape[-1] // 2, resample_filter=f,
             demodulate=demodulate, flip_weight=up == 1, fused_modconv=False,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hsrgan.engine.assembly import HALF, HEADS
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import World, lazy_adam, mended
 from hsrgan.engine.draws import Draws
@@ -19,7 +20,6 @@ from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.phases import GeneratorWithHeads, Phase, Round, Training, run_phase
 from hsrgan.engine.stats import Meter
 from hsrgan.engine.teacher import Teacher, create_timm
-from hsrgan.engine.train import HALF, HEADS
 
 TEACHER = "vit_base_patch16_224"  # of the HSR paper's recipe; weights are random here, which costs the same
 

@@ -8,10 +8,7 @@ called for each batch, PyTorch's Adam. Its networks must give our images and log
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
 from hsrgan.kernels import use_backend
+from hsrgan.tools.stylegan3_checkout import checkout
 from hsrgan.tools.train_cpu import SHARES, PlainContender
 from hsrgan.tools.train_gpu import CHECKED, FREE, Probes, errors, timing, training
 from hsrgan.tools.train_variants import Variant, recipe, row
@@ -36,28 +34,6 @@ class Labelled(nn.Module):
 
     def forward(self, img: Tensor) -> Tensor:
         return self.network(img, None)
-
-
-@contextmanager
-def checkout(path: Path) -> Iterator[ModuleType]:
-    """Their training.networks_stylegan2, importable inside."""
-    if not (path / "training" / "networks_stylegan2.py").is_file():
-        raise UserError(f"--stylegan3 {path}: no training/networks_stylegan2.py there; name a checkout of stylegan3")
-    before = set(sys.modules)
-    sys.path.insert(0, str(path))
-    try:
-        networks = importlib.import_module("training.networks_stylegan2")
-        gradfix = getattr(networks, "conv2d_gradfix", None)
-        if gradfix is not None:
-            gradfix.enabled = True  # as their own training sets it: R1 and path length differentiate twice
-        yield networks
-    except (ImportError, OSError) as error:
-        raise UserError(f"--stylegan3 {path}: its networks do not import: {error}") from None
-    finally:
-        sys.path.remove(str(path))
-        for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("training", "torch_utils", "dnnlib"):
-                del sys.modules[name]
 
 
 def contender(networks: ModuleType, variant: Variant, device: torch.device) -> PlainContender:
@@ -99,7 +75,7 @@ def bench(path: Path, variants: list[Variant], turns: int, probes: Probes) -> It
     """A row for each model: theirs has no HSR, no switches."""
     # cuDNN as their own training has it
     cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
-    with checkout(path) as networks, cudnn:
+    with checkout(path, "training.networks_stylegan2") as (networks,), cudnn:
         for variant in {v.model: replace(v, hsr=False, backend="torch", graphs=False) for v in variants}.values():
             check(networks, variant, probes)
             theirs = contender(networks, variant, probes.device)
