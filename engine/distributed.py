@@ -120,7 +120,11 @@ def _no_meeting(error: str, where: str, patience: float) -> str:
 
 
 def stop() -> None:
+    """Leave the process group, all ranks together."""
     if torch.distributed.is_initialized():
+        # A thread of gloo's may still have to free the last collective's tensors, for which it needs the interpreter:
+        # on its way out that aborts the process, after all its work. While this one waits here, the thread gets it.
+        barrier()
         torch.distributed.destroy_process_group()
 
 

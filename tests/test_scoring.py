@@ -17,6 +17,7 @@ from metric_fixtures import StandInLPIPS, attributes_file, digits, kaiming
 from PIL import Image
 from torch import nn
 
+from hsrgan.engine import distributed
 from hsrgan.engine.distributed import World, failing_together, from_first
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
@@ -191,7 +192,7 @@ def _rank(rank: int, store: str, folder: str, attributes: str, out: str) -> None
         except UserError as error:
             failures.append(str(error))
     Path(out, f"{rank}.json").write_text(json.dumps([*found, alone, failures, from_first(rank)]))
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 def test_two_ranks_give_the_same(shards, reference, attributes, reference_of_generators, tmp_path):
