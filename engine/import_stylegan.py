@@ -34,7 +34,7 @@ KNOWN = {
     ("numpy", "dtype"), ("numpy", "ndarray"),
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 }  # fmt: skip
-LAYERS = "torch.nn.modules."  # HSR has plain layers of PyTorch in its networks; they too stay data
+LAYERS = re.compile(r"torch\.nn\.modules\.\w+")  # HSR has plain layers in its networks; they too stay data
 ITEM_SIZES = {"FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "DoubleStorage": 8,
               "LongStorage": 8, "IntStorage": 4, "ByteStorage": 1, "BoolStorage": 1}  # fmt: skip
 
@@ -89,7 +89,7 @@ def _vet(name: Name) -> None:
     if name.module.startswith("dnnlib.tflib"):
         raise ValueError(f"it is a StyleGAN of TensorFlow ({name}); convert it first with legacy.py of "
                          "stylegan2-ada-pytorch")
-    if (name.module, name.name) not in KNOWN and not name.module.startswith(LAYERS):
+    if (name.module, name.name) not in KNOWN and not LAYERS.fullmatch(name.module):
         raise ValueError(f"it wants to call {name}, which no published network does; nothing in it was executed")
 
 
@@ -199,7 +199,7 @@ def _module(node: Any) -> dict[str, Any]:
     if isinstance(node, Call) and (node.name.module, node.name.name) == PERSISTENT:
         meta = node.args[0] if len(node.args) == 1 and isinstance(node.args[0], dict) else {}
         state = meta.get("state") if meta.get("type") == "class" else None
-    elif isinstance(node, Call) and node.name.module.startswith(LAYERS):
+    elif isinstance(node, Call) and LAYERS.fullmatch(node.name.module):
         state = node.state
     if not isinstance(state, dict):
         raise ValueError(f"it has {shown(node)} in the place of a network")

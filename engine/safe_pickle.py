@@ -90,7 +90,7 @@ class _Reader:
                 self.step(opcode.name, arg)
         except (IndexError, KeyError):  # of stack and memo
             raise ValueError("the pickle is damaged") from None
-        except (OverflowError, AssertionError, MemoryError) as error:  # of genops on absurd lengths
+        except (OverflowError, AssertionError) as error:  # of genops on absurd lengths
             raise ValueError(f"the pickle is damaged ({type(error).__name__})") from None
         raise ValueError("the pickle ends too early")
 
