@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-MAX_OPCODES = 1_000_000  # G, D and G_ema at 1024² in a pickle of NVIDIA's take some 60,000
+MAX_OPCODES = 1_000_000  # G, D and G_ema at 1024² in one pickle take tens of thousands
 MAX_INT_BITS = 128  # torch.save begins with a number of 80 bits
 
 _VALUES = {

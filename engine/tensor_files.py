@@ -123,11 +123,19 @@ def _refusal(error: Exception) -> str:
 def is_torch_file(path: Path) -> bool:
     """Whether torch.save wrote `path`, in its present or its former format; False where it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            former = file.read(14) == b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
-        return former or zipfile.is_zipfile(path)
+        return _is_zip(path) or _start(path) == b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
     except OSError:
         return False
+
+
+def _is_zip(path: Path) -> bool:
+    """As torch.load decides it: by the first bytes, whatever follows."""
+    return _start(path).startswith(b"PK\x03\x04")
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(14)
 
 
 def _refuse_bomb(path: Path) -> None:
@@ -142,7 +150,7 @@ def _refuse_bomb(path: Path) -> None:
         if type(declared) is not int or not 0 <= declared <= size:
             raise ValueError(f"a tensor declares {shown(declared)} values in {size:,} bytes")
 
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if sum(r.file_size for r in records) > size or any(r.compress_type for r in records):
@@ -161,7 +169,7 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # no zip, or a damaged one, which can raise anything; torch.load is asked next
         return False
 
 
