@@ -72,9 +72,13 @@ def module(class_name, source, state, kwargs=None, **attributes):
         plain = torch.nn.ModuleList()
         plain._modules.update(heads)
         children["feat_transfer_list"] = plain
+
+    def parameter(value):  # convolutions of half precision may be channels_last
+        return torch.nn.Parameter(value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value)
+
     return Persistent(
         class_name, source, training=False,
-        _parameters=OrderedDict((k, torch.nn.Parameter(v)) for k, v in own.items() if k not in BUFFERS),
+        _parameters=OrderedDict((k, parameter(v)) for k, v in own.items() if k not in BUFFERS),
         _buffers=OrderedDict((k, v) for k, v in own.items() if k in BUFFERS),
         _non_persistent_buffers_set=set(), **{name: OrderedDict() for name in HOOKS}, _modules=children,
         weight_gain=np.float64(0.25), _init_args=(), _init_kwargs=EasyDict(kwargs or {}), **attributes,

@@ -45,7 +45,7 @@ def refusals(tmp_path_factory):
     (folder / "commands.json").write_text(json.dumps(commands))
     before = set(folder.rglob("*"))
     command = [sys.executable, Path(__file__).with_name("refuse_all.py"), folder / "commands.json", folder / "out.json"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr  # a crash of the process is none of our lines
     report = json.loads((folder / "out.json").read_text())
     written = set(folder.rglob("*")) - before - {folder / "out.json"}
