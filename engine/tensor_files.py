@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import mmap
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import rich.progress
@@ -16,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.safe_pickle import PersistentId, read_pickle, shown
 
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch.save's former format
 WHAT, REMEDY = "weights file", "check its name"
 
 
@@ -36,14 +40,18 @@ def read_safetensors(
                         "again") from None
 
 
-def read_pth(path: Path, what: str = WHAT, remedy: str = REMEDY) -> object:
-    """What torch.save wrote, if it is tensors and plain Python; anything else is refused unexecuted (UserError)."""
+def read_pth(path: Path, what: str = WHAT, remedy: str = REMEDY, *, inert: Sequence[type] = ()) -> object:
+    """What torch.save wrote, if it is tensors and plain Python; anything else is refused unexecuted (UserError).
+
+    inert: classes whose instances may be in it too: making one and giving it any attributes must do nothing.
+    """
     _must_exist(path, what, remedy)
     if _is_torchscript(path):
         raise UserError(f"{what} {path} is a TorchScript archive, which holds code that would be run: save its state "
                         "dict as .safetensors")
     try:
-        with warnings.catch_warnings():
+        _refuse_bomb(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(inert)):
             warnings.simplefilter("ignore")  # torch.load's thoughts on old pickles
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip, or a pickle of something other than tensors
@@ -69,13 +77,20 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def misfit(want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> str | None:
     """How the names or shapes of `have` differ from those of `want`, in a few words; None when they do not."""
+    if names := misfit_of_names(want, have):
+        return names
+    if wrong := [k for k, v in want.items() if v.shape != have[k].shape]:
+        more = f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        return f"{wrong[0]} is {list(have[wrong[0]].shape)} there and {list(want[wrong[0]].shape)} here{more}"
+    return None
+
+
+def misfit_of_names(want: Mapping[str, object], have: Mapping[str, object]) -> str | None:
+    """How the names of `have` differ from those of `want`."""
     if missing := [k for k in want if k not in have]:
         return f"it lacks {len(missing)} of {len(want)} tensors, first {missing[0]}"
     if extra := [k for k in have if k not in want]:
         return f"{len(extra)} tensors are none of the model's, first {extra[0]}"
-    for k, v in want.items():
-        if v.shape != have[k].shape:
-            return f"{k} is {list(have[k].shape)} there and {list(v.shape)} here"
     return None
 
 
@@ -105,11 +120,56 @@ def _refusal(error: Exception) -> str:
     return f"damaged, or not written by torch.save: {one_line(error)}"
 
 
+def is_torch_file(path: Path) -> bool:
+    """Whether torch.save wrote `path`, in its present or its former format; False where it cannot be read."""
+    try:
+        return _is_zip(path) or _start(path) == b"\x80\x02\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
+    except OSError:
+        return False
+
+
+def _is_zip(path: Path) -> bool:
+    """As torch.load decides it: by the first bytes, whatever follows."""
+    return _start(path).startswith(b"PK\x03\x04")
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(14)
+
+
+def _refuse_bomb(path: Path) -> None:
+    """ValueError where reading `path` would take far more memory or stack than its size: torch.load does not look.
+
+    What its pickles call is left to torch.load to judge.
+    """
+    size = path.stat().st_size
+
+    def see(pid: PersistentId) -> None:
+        declared = pid.value[4] if isinstance(pid.value, tuple) and len(pid.value) > 4 else None
+        if type(declared) is not int or not 0 <= declared <= size:
+            raise ValueError(f"a tensor declares {shown(declared)} values in {size:,} bytes")
+
+    if _is_zip(path):
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if sum(r.file_size for r in records) > size or any(r.compress_type for r in records):
+                raise ValueError("its records are compressed, or overlap, as torch.save never writes them")
+            for record in records:
+                if record.filename.endswith("/data.pkl"):
+                    read_pickle(io.BytesIO(archive.read(record)), see=see)
+    elif size:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if read_pickle(content, see=see) == LEGACY_MAGIC:  # a version, sizes, content and storages' keys follow
+                for _ in range(4):
+                    read_pickle(content, see=see)
+
+
 def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # no zip, or a damaged one, which can raise anything; torch.load is asked next
         return False
 
 
