@@ -7,6 +7,7 @@ samples and scales the output (`kernels/modulated_conv2d.py`): nothing depends o
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -125,7 +126,7 @@ def check(run: Run, truth: Graph, bound: float, what: str, progress: Callable[[s
         error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
         if not error <= bound:
             raise UserError(f"{what} is {error:.2g} from PyTorch at batch {batch}, more than {bound:g}, and was not "
-                            "kept: export with --precision fp32, or with another torch")
+                            "kept: try another version of torch, or --precision fp32 if that was fp16")
         worst = max(worst, error)
         progress("checking", done, len(BATCHES))
     return worst
@@ -135,7 +136,7 @@ def need(packages: tuple[str, ...], what: str) -> None:
     """UserError unless all of `packages` are installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'{what} needs {", ".join(missing)}: pip install "hsrgan[export]"')
+        raise UserError(f'{what} needs {", ".join(missing)}: pip install -e ".[export]"')
 
 
 def need_compiler(what: str) -> None:
@@ -183,8 +184,9 @@ def write_onnx(graph: Graph, path: Path, facts: dict[str, object]) -> Run:
 
 def write_torch_export(graph: Graph, path: Path, facts: dict[str, object]) -> Run:
     """What `torch.export.load` reads."""
-    with open(path, "wb") as file:
-        torch.export.save(trace(graph), file, extra_files={"hsrgan.json": json.dumps(facts)})
+    buffer = io.BytesIO()  # PyTorch's writer ends the process where the disk is full
+    torch.export.save(trace(graph), buffer, extra_files={"hsrgan.json": json.dumps(facts)})
+    path.write_bytes(buffer.getbuffer())
     with open(path, "rb") as file:
         module = torch.export.load(file).module()
     return lambda inputs: module(**inputs)

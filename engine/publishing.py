@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def write_pt(path: Path, generator: Generator, metadata: dict, precision: str) -
     _refuse_overflow(generator, precision)
     config = json.dumps({"generator": generator.init_kwargs, "kimg": metadata["kimg"]})
     tensors = {key: own_copy(value, DTYPES[precision]) for key, value in generator.state_dict().items()}
-    torch.save({"state_dict": tensors, "config": config}, path)
+    buffer = io.BytesIO()  # PyTorch's writer ends the process where the disk is full
+    torch.save({"state_dict": tensors, "config": config}, buffer)
+    path.write_bytes(buffer.getbuffer())
     content = torch.load(path, weights_only=True)
     loaded = Generator(**json.loads(content["config"])["generator"])
     loaded.load_state_dict(content["state_dict"])

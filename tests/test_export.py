@@ -391,6 +391,14 @@ def test_weights_that_do_not_come_back_are_not_kept(tiny, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_one_line(tiny, tmp_path):
+    """/dev/full refuses every byte; the file aside is a link to it."""
+    for to, name in (("pt", "t.pt"), ("torch_export", "t.pt2"), ("onnx", "t.onnx")):
+        (tmp_path / f".{name}.part").symlink_to("/dev/full")
+        assert "No space left on device" in line(run(tiny, to, "--out", tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_fp16_cannot_hold(tmp_path):
     snapshot = write(tmp_path / "large.safetensors", **TINY)
     tensors = load_file(snapshot)
@@ -422,5 +430,5 @@ def test_mistakes_are_one_line(tiny, tmp_path, monkeypatch):
     assert "needs a C++ compiler, and no-such-compiler is not on the path" in line(run(tiny, "aoti"))
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
-    assert 'needs onnxscript: pip install "hsrgan[export]"' in line(run(tiny, "onnx", "--out", out))
+    assert 'needs onnxscript: pip install -e ".[export]"' in line(run(tiny, "onnx", "--out", out))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.onnx", "taken"]
