@@ -393,9 +393,10 @@ def test_weights_that_do_not_come_back_are_not_kept(tiny, tmp_path, monkeypatch)
 
 def test_a_full_disk_is_one_line(tiny, tmp_path):
     """/dev/full refuses every byte; the file aside is a link to it."""
-    for to, name in (("pt", "t.pt"), ("torch_export", "t.pt2"), ("onnx", "t.onnx")):
+    mapping = ("--part", "mapping")
+    for to, name, part in (("pt", "t.pt", ()), ("torch_export", "t.pt2", mapping), ("onnx", "t.onnx", mapping)):
         (tmp_path / f".{name}.part").symlink_to("/dev/full")
-        assert "No space left on device" in line(run(tiny, to, "--out", tmp_path / name))
+        assert "No space left on device" in line(run(tiny, to, "--out", tmp_path / name, *part))
     assert list(tmp_path.iterdir()) == []
 
 
