@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,24 @@ def written_aside(path: Path) -> Iterator[Path]:
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_aside(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which must not exist, to fill; on success it takes its name in one step.
+
+    A crash or an error leaves no `folder`. Raises `CannotWrite` where the folder above refuses.
+    """
+    aside = folder.with_name(f".{folder.name}.part")
+    with writable(folder):
+        shutil.rmtree(aside, ignore_errors=True)  # what a kill left
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            sync_folder(aside)
+            os.rename(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -61,7 +61,7 @@ class SynthesisBlock(nn.Module):
         dtype = self.half_dtype or self.conv1.weight.dtype
         residual = None
         if x is None:
-            n = len(ws[0])
+            n = ws[0].shape[0]  # len() would fix the batch of an exported graph
             x = self.const.to(dtype).expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
         else:
             x = x.to(dtype)

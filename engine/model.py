@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hsrgan.engine.blocks import DiscriminatorBlock, DiscriminatorEpilogue, SynthesisBlock
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.layers import Linear, normalize_2nd_moment
+from hsrgan.engine.pretrained import Pretrained
 
 ARCHITECTURES = ("skip", "orig", "resnet")
 NOISE_MODES = ("random", "const", "none")
@@ -63,9 +64,16 @@ class Mapping(nn.Module):
             self.register_buffer("w_avg", torch.zeros(w_dim))
 
     def forward(
-        self, z: Tensor | None, c: Tensor | None, *, truncation_psi: float = 1, truncation_cutoff: int | None = None
+        self,
+        z: Tensor | None,
+        c: Tensor | None,
+        *,
+        truncation_psi: float | Tensor = 1,
+        truncation_cutoff: int | None = None,
     ) -> Tensor:
         """w ← w_avg + ψ·(w − w_avg), on the first `truncation_cutoff` of the ws only where that is given.
+
+        ψ as a tensor [] stays an input of an exported graph.
 
         Raises ValueError where z or c has another width than the network was built for.
         """
@@ -84,7 +92,7 @@ class Mapping(nn.Module):
         if self.num_ws is None:
             return x
         ws = x.unsqueeze(1).expand(-1, self.num_ws, -1)
-        if truncation_psi == 1:
+        if not isinstance(truncation_psi, Tensor) and truncation_psi == 1:
             return ws
         if truncation_cutoff is None:
             return self.w_avg.lerp(ws, truncation_psi)
@@ -160,7 +168,7 @@ class Synthesis(nn.Module):
         if unknown:
             raise ValueError(f"return_features has {unknown}, but the blocks are at {self.resolutions}")
         dtype = self.b4.const.dtype
-        noises = self._noises(len(ws), noise, noise_mode, ws.device, dtype)
+        noises = self._noises(ws.shape[0], noise, noise_mode, ws.device, dtype)
         ws_list = ws.to(dtype).unbind(dim=1)
         x = image = None
         features = {}
@@ -196,11 +204,12 @@ class Synthesis(nn.Module):
         return [row.unflatten(1, (1, r, r)) for row, r in zip(rows, self.noise_resolutions, strict=True)]
 
 
-class Generator(nn.Module):
+class Generator(Pretrained, nn.Module):
     """StyleGAN2's generator: `mapping` and `synthesis`.
 
     half_dtype None computes in fp32 throughout; `conv_clamp` acts in every dtype unless None. `init_kwargs` holds all
     arguments but half_dtype, JSON-able: weights are fp32 and independent of the precision they were trained with.
+    `from_pretrained` loads a folder that tools/export.py wrote.
     """
 
     def __init__(

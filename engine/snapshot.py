@@ -1,9 +1,9 @@
 """Snapshots: the averaged generator as one .safetensors file, with all that is needed to use it as metadata.
 
-The file holds the generator's state dict in fp32 under the published StyleGAN2 keys. Its metadata (text → text):
-`format`, `generator` (JSON of the constructor's arguments), `recipe` (JSON of the resolved recipe), `kimg`, `dataset`
-(JSON: class_names, resolution and so on), and `score` where it was scored (JSON: a result of tools/eval.py). Nothing is
-unpickled.
+The file holds the generator's state dict in fp32 (fp16 where tools/export.py was told so) under the published StyleGAN2
+keys. Its metadata (text → text): `format`, `generator` (JSON of the constructor's arguments), `recipe` (JSON of the
+resolved recipe), `kimg`, `dataset` (JSON: class_names, resolution and so on), and `score` where it was scored (JSON: a
+result of tools/eval.py). Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -24,11 +24,19 @@ FORMAT = "hsrgan-snapshot-1"
 
 
 def save_snapshot(
-    path: Path | str, generator: nn.Module, *, recipe_json: str, kimg: float, dataset: dict, score: dict | None = None
+    path: Path | str,
+    generator: nn.Module,
+    *,
+    recipe_json: str,
+    kimg: float,
+    dataset: dict,
+    score: dict | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write `generator` (with `init_kwargs`) to `path`, whole or not at all.
 
     recipe_json: the resolved recipe. dataset: JSON-able facts about the training images. score: a metric's result.
+    dtype: of the tensors in the file; they are loaded as fp32.
     Raises `UserError` where the folder refuses.
     """
     metadata = {
@@ -40,14 +48,14 @@ def save_snapshot(
     }
     if score is not None:
         metadata["score"] = json.dumps(score)
-    tensors = {key: _own_copy(value) for key, value in generator.state_dict().items()}
+    tensors = {key: own_copy(value, dtype) for key, value in generator.state_dict().items()}
     with written_aside(Path(path)) as aside:
         aside.write_bytes(save(tensors, metadata))  # save_file has errors of its own for a full disk
 
 
-def _own_copy(value: torch.Tensor) -> torch.Tensor:
-    """fp32 on the CPU in memory of its own (safetensors refuses shared storage, such as one filter for all layers)."""
-    return value.detach().to("cpu", torch.float32, copy=True).contiguous()
+def own_copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """On the CPU in memory of its own (safetensors refuses shared storage, such as one filter for all layers)."""
+    return value.detach().to("cpu", dtype, copy=True).contiguous()
 
 
 def load_snapshot(path: Path | str) -> tuple[Generator, dict]:

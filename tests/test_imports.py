@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 OURS = {"engine", "kernels", "tools", "recipes"}
 
 KERNELS = {"hsrgan.kernels"}
-NETWORKS = KERNELS | {"hsrgan.engine.errors", "hsrgan.engine.layers", "hsrgan.engine.blocks", "hsrgan.engine.model"}
-ABOVE = ("losses", "safe_pickle", "tensor_files", "teacher", "ema")
-OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ABOVE}
+BELOW = ("errors", "safe_pickle", "tensor_files", "layers", "blocks", "pretrained", "model")
+NETWORKS = KERNELS | {f"hsrgan.engine.{name}" for name in BELOW}
+OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ("losses", "teacher", "ema")}
 ALLOWED = {  # what a module may import of ours; a prefix stands for everything below it
     "hsrgan.kernels": KERNELS,
     **dict.fromkeys(NETWORKS - KERNELS, NETWORKS),
