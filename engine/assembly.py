@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 
 import torch
+from rich.console import Console
 
 from hsrgan.engine import distributed
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
+from hsrgan.engine.freezing import Frozen, check_known
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.phases import Training
@@ -18,6 +20,7 @@ from hsrgan.engine.shard_sources import open_shards
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.stats import Meter
 from hsrgan.engine.teacher import load_teacher
+from hsrgan.engine.transfer import start_from
 
 HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 HEADS = {"fp32": None, "fp16": torch.bfloat16, "bf16": torch.bfloat16}  # nothing clamps what HSR's heads compute
@@ -60,8 +63,22 @@ def networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
     return generator.to(world.device), discriminator.to(world.device), heads, teacher
 
 
+def first_values(
+    recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator, g_ema, frozen: Frozen
+) -> None:
+    """At a run's first start: into the networks what `init_from` brings; rank 0 says and writes down what that was."""
+    report = None
+    if recipe.init_from:
+        classes = manifest.class_names if recipe.data.labels else ()
+        report = start_from(recipe.init_from, g_module, discriminator, g_ema, classes)
+    check_known(frozen, report and {network: report.new(network) for network in frozen})
+    if report and world.first:
+        report.write(recipe.run_dir)
+        Console().print(report.table())
+
+
 def training(
-    recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator, teacher
+    recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator, teacher, frozen: Frozen
 ) -> Training:
     adam, micro = recipe.adam, recipe.batch // world.size // recipe.accumulation
 
@@ -80,4 +97,5 @@ def training(
         teacher=teacher,
         meter=Meter(world.device),
         pl_mean=torch.zeros((), device=world.device),
+        frozen=frozen,
     )

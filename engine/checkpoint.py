@@ -6,7 +6,7 @@ checkpoints/000040960/        images seen
     G.safetensors             generator (published keys below `generator.`) and HSR heads (`heads.`)
     D.safetensors  G_ema.safetensors
     G_adam.safetensors  D_adam.safetensors      `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
-    state.json                format, images, pl_mean, Adam's steps, the resolved recipe
+    state.json                format, images, pl_mean, Adam's steps, the resolved recipe, the data's class names
     SHA256SUMS                of all these, as sha256sum writes and checks it
 """
 
@@ -49,11 +49,9 @@ class Checkpoint:
     state: dict
     passed_over: tuple[str, ...] = ()
 
-    def fill(self, part: str, module: nn.Module, prefix: str = "") -> None:
-        """Load `part` (those keys that begin with `prefix`) into a module; every key must fit."""
-        tensors = {
-            key.removeprefix(prefix): value for key, value in self.tensors[part].items() if key.startswith(prefix)
-        }
+    def fill(self, part: str, module: nn.Module) -> None:
+        """Load `part` into a module; every key must fit."""
+        tensors = self.tensors[part]
         wanted = {key: value.shape for key, value in module.state_dict().items()}
         found = {key: value.shape for key, value in tensors.items()}
         wrong = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
@@ -211,7 +209,7 @@ def write_checkpoint(
 ) -> None:
     """Write one checkpoint, then drop those that need not be kept. All ranks must call it; rank 0 writes.
 
-    training: `Training.state()`.
+    training: `Training.state()`, and what else goes into state.json.
 
     Raises CannotWrite, on rank 0, where the file system refuses; what was there before is then as it was.
     """

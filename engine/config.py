@@ -32,6 +32,7 @@ from hsrgan.engine.sections import (
     Discriminator,
     Ema,
     Faults,
+    Freeze,
     Generator,
     Hsr,
     Metrics,
@@ -64,7 +65,7 @@ class Recipe(Section):
     metrics_kimg: Positive = 200.0                  # between two evaluations by `metrics`
     keep_checkpoints: Whole = 2                     # the newest; with metrics, that of the best score too
     keep_every_kimg: Positive | None = None         # and the first one after each multiple of this
-    init_from: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # checkpoint folder to branch from
+    init_from: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # what to start from: engine/transfer.py
     data: Data
     generator: Generator
     discriminator: Discriminator
@@ -73,6 +74,7 @@ class Recipe(Section):
     path_length: PathLength
     ema: Ema
     faults: Faults = Faults()
+    freeze: Freeze | None = None
     hsr: Hsr | None = None
     metrics: Metrics | None = None
 

@@ -40,6 +40,12 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
     if recipe.init_from and Path(recipe.run_dir).resolve() in (p := Path(recipe.init_from).resolve(), *p.parents):
         text = f"init_from, {recipe.init_from}, lies in run_dir: a run resumes by itself, a branch has its own run_dir"
         yield ("init_from",), text
+    if recipe.freeze:
+        per_block = {"orig": 2, "resnet": 3, "skip": 3}[recipe.discriminator.architecture]
+        layers = per_block * (levels(r) - 1) + (recipe.discriminator.architecture != "skip")  # fromrgb at the top only
+        if recipe.freeze.d > layers:
+            text = f"freeze.d is {recipe.freeze.d}, allowed for this discriminator: 0 to {layers}, its layers above 4×4"
+            yield ("freeze", "d"), text
     if recipe.hsr:
         yield from _hsr_inconsistencies(recipe.hsr, r, recipe.kimg)
     if recipe.metrics:

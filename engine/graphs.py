@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -113,18 +113,24 @@ def caller(wanted: bool, world: World, zero_stage: int, say: Callable[[str], Non
 
 
 @contextlib.contextmanager
-def fresh_leaves(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, the module computes with new leaves on its parameters' memory, yielded in the order of parameters().
+def fresh_leaves(module: nn.Module, frozen: Collection[str] = ()) -> Iterator[list[Tensor]]:
+    """Inside, the module computes with new leaves on its parameters' memory, yielded in the order of parameters(). All
+    require gradients but those of the names in `frozen`.
 
     DeepSpeed keeps the parameters' own autograd nodes, which belong to the stream that they were made on: a gradient
     that ended there would tie a capture to that stream, which CUDA refuses.
     """
-    slots = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
-    leaves = [p.detach().requires_grad_() for _, _, p in slots]
+    slots = [
+        (m._parameters, name, p, f"{path}.{name}" if path else name)
+        for path, m in module.named_modules()
+        for name, p in m._parameters.items()
+        if p is not None
+    ]
+    leaves = [p.detach().requires_grad_(full not in frozen) for _, _, p, full in slots]
     try:
-        for (parameters, name, _), leaf in zip(slots, leaves, strict=True):
+        for (parameters, name, *_), leaf in zip(slots, leaves, strict=True):
             parameters[name] = leaf
         yield leaves
     finally:
-        for parameters, name, parameter in slots:
+        for parameters, name, parameter, _ in slots:
             parameters[name] = parameter

@@ -91,7 +91,8 @@ class Outputs:
 
     def checkpoint(self, images: int) -> None:
         checkpoint.write_checkpoint(
-            self.t.recipe.run_dir, self.t.g, self.t.d, self.g_ema, images=images, training=self.t.state(),
+            self.t.recipe.run_dir, self.t.g, self.t.d, self.g_ema, images=images,
+            training=self.t.state() | {"class_names": list(self.manifest.class_names)},
             recipe=self.t.recipe.model_dump(mode="json"), retention=self.retention, best=self.best_images,
             rank=self.t.world.rank,
         )  # fmt: skip

@@ -11,7 +11,7 @@ host and change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -70,7 +70,8 @@ class Told(NamedTuple):
 @dataclass
 class Training:
     """Everything that the phases share. `pl_mean` is a device tensor, one value the same on all ranks. `call` calls a
-    phase's `gradients`: eagerly, or as a graph.
+    phase's `gradients`: eagerly, or as a graph. frozen: of "G" and "D" the parameters that no phase moves. anew:
+    which of them resumed without its Adam.
     """
 
     recipe: Recipe
@@ -82,6 +83,8 @@ class Training:
     meter: Meter
     pl_mean: Tensor
     call: Callable[..., Any] = direct
+    frozen: Mapping[str, Collection[str]] = field(default_factory=dict)
+    anew: Sequence[str] = ()
     indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property
@@ -152,16 +155,18 @@ class Phase:
 
     def gradients(self, batch: Round) -> tuple[list[Tensor | None], Told]:
         """Of the loss, as it counts in the phase's step, by the parameters of the network, in their order; None for one
-        that has no part in it. `each` is summed over the round's images.
+        that has no part in it or is frozen. `each` is summed over the round's images.
         """
         t = self.training
         net = t.g if self.network == "G" else t.d
-        with fresh_leaves(net.module) as leaves:
+        with fresh_leaves(net.module, t.frozen.get(self.network, ())) as leaves:
             loss, told = self.loss(batch)
             loss = loss * (self.interval / t.recipe.accumulation)
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            trained = [leaf for leaf in leaves if leaf.requires_grad]
+            found = iter(torch.autograd.grad(loss, trained, allow_unused=True))
+        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
         means = {name: value.detach() for name, value in told.means.items()}
-        return list(gradients), Told(means, None if told.each is None else told.each.detach().sum(0), loss.detach())
+        return gradients, Told(means, None if told.each is None else told.each.detach().sum(0), loss.detach())
 
     def finish(self, mean: Tensor | None, skip: Tensor) -> None:
         """Called once after the step. mean: of what the losses told of `each` image, over all rounds and ranks.
@@ -217,7 +222,7 @@ class GReg(Phase):
 
     def loss(self, batch: Round) -> tuple[Tensor, Told]:
         t, settings = self.training, self.training.recipe.path_length
-        ws = t.styles(batch)
+        ws = t.styles(batch).requires_grad_()  # a frozen mapping network gives ws that need none
         fakes = t.generator.synthesis(ws, noise=batch.noise)
         lengths = losses.path_lengths(fakes, ws, batch.y / fakes[0, 0].numel() ** 0.5)
         mean = losses.path_mean(t.pl_mean, lengths.mean(), settings.decay) if settings.parity else t.pl_mean

@@ -67,6 +67,16 @@ class Discriminator(Section):
     mapping_layers: Whole = 8                       # conditional D only
 
 
+class Freeze(Section):
+    """What training leaves as it is; engine/freezing.py."""
+
+    d: WholeOrZero = 0              # Freeze-D: so many layers of D, from the image on
+    mapping: bool = False           # G's mapping network
+    names: list[Text] = Field(
+        [], description="a list of patterns of parameter names, as [G.mapping.fc0.*, 'D.b16.*']"
+    )
+
+
 class Adam(Section):
     """Before the lazy scaling of the betas, which the trainer does."""
 

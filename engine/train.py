@@ -25,6 +25,7 @@ from hsrgan.engine.data import open_stream
 from hsrgan.engine.ema import ema_beta, update_ema
 from hsrgan.engine.errors import EXIT_RESUME, user_errors
 from hsrgan.engine.faults import Preemption, Writing, not_finite
+from hsrgan.engine.freezing import frozen_otherwise, frozen_parameters
 from hsrgan.engine.outputs import PICTURES, Outputs
 from hsrgan.engine.peers import Peers
 from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
@@ -59,21 +60,21 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
         check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
     generator, discriminator, heads, teacher = assembly.networks(recipe, manifest, world)
     g_module, g_ema = GeneratorWithHeads(generator, heads), copy.deepcopy(generator).requires_grad_(False).eval()
+    frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
     if resumed:
         resumed.fill("G", g_module)
         resumed.fill("D", discriminator)
         resumed.fill("G_ema", g_ema)
-    elif recipe.init_from:
-        source = checkpoint.read_checkpoint(recipe.init_from)
-        source.fill("G", generator, prefix="generator.")
-        source.fill("D", discriminator)
-        source.fill("G_ema", g_ema)
+    else:
+        assembly.first_values(recipe, world, manifest, g_module, discriminator, g_ema, frozen)
 
-    t = assembly.training(recipe, world, manifest, g_module, discriminator, teacher)
+    t = assembly.training(recipe, world, manifest, g_module, discriminator, teacher, frozen)
     if resumed:
         t.take_up(resumed.state)
-        t.g.load_optimizer_state(resumed.tensors["G_adam"], resumed.state["adam_steps"]["G"])
-        t.d.load_optimizer_state(resumed.tensors["D_adam"], resumed.state["adam_steps"]["D"])
+        t.anew = frozen_otherwise(resumed.state["recipe"], frozen, g_module, discriminator)
+        for name, net in (("G", t.g), ("D", t.d)):
+            if name not in t.anew:
+                net.load_optimizer_state(resumed.tensors[f"{name}_adam"], resumed.state["adam_steps"][name])
     return _loop(t, Outputs(t, manifest, g_ema), resumed, preemption, diverged)
 
 
@@ -98,7 +99,8 @@ def _loop(
             for line in resumed.passed_over:
                 log.note("fallback", line)
             why = f"{diverged}: rolled back, " if diverged else ""
-            log.note("rollback" if diverged else "resume", f"{why}resuming at {images / 1000:g} kimg")
+            anew = f"; freeze has changed, so Adam begins anew for {' and '.join(t.anew)}" if t.anew else ""
+            log.note("rollback" if diverged else "resume", f"{why}resuming at {images / 1000:g} kimg{anew}")
         else:
             log.reals(next(open_stream(manifest, seed=recipe.seed, start=0, global_batch=PICTURES))[0])
             log.fakes(out.pictures(), 0.0)

@@ -89,7 +89,7 @@ def test_shipped_recipe_parses(path, world_size):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_key_of_a_shipped_recipe_can_be_overridden(path):
     recipe = load_recipe(path)
-    off = tuple(f"{section}." for section in ("hsr", "metrics") if getattr(recipe, section) is None)
+    off = tuple(f"{section}." for section in ("freeze", "hsr", "metrics") if getattr(recipe, section) is None)
     keys = [key for key in KEYS if not key.startswith(off)]
     assert load_recipe(path, [f"{key}={as_yaml(value_of(recipe, key))}" for key in keys]) == recipe
 
@@ -362,6 +362,19 @@ MISTAKES = {
         "override init_from=./runs/test/checkpoints/01: init_from, ./runs/test/checkpoints/01, lies in run_dir: "
         "a run resumes by itself, a branch has its own run_dir",
     ),
+    "more layers than D has": (
+        (), ["freeze.d=11"], 1,
+        "override freeze.d=11: freeze.d is 11, allowed for this discriminator: 0 to 10, its layers above 4×4",
+    ),
+    "names that are no list": (
+        (), ["freeze.names=G.mapping.*"], 1,
+        "override freeze.names=G.mapping.*: freeze.names is 'G.mapping.*', allowed: "
+        "a list of patterns of parameter names, as [G.mapping.fc0.*, 'D.b16.*']",
+    ),
+    "a name that is none": (
+        (), ["freeze.names=[D.b8.*, 3]"], 1,
+        "override freeze.names=[D.b8.*, 3]: freeze.names.1 is 3, allowed: text",
+    ),
     "layer of no block": (
         (), ["hsr.layers.64=0"], 1,
         "override hsr.layers.64=0: hsr.layers names resolution 64, allowed in this network: 8, 16, 32",
@@ -417,6 +430,7 @@ def test_what_the_last_checks_allow(load):
     assert load(PLAIN, "path_length.batch_shrink=8", world_size=4)
     assert load(PLAIN, "generator.channel_base=32", "discriminator.channel_base=32")
     assert load(PLAIN, "init_from=runs/test2/checkpoints/000500000")
+    assert load(PLAIN, "freeze={d: 10, mapping: true, names: [D.b8.*]}").freeze.names == ["D.b8.*"]
     assert load(PLAIN, "hsr.layers={8: 0, 16: 0, 32: 0}", "hsr.weights_per_res={8: 1, 16: 0.5, 32: 0}")
     assert load(PLAIN, "hsr.teacher=vit_base_patch16_224.dino", "hsr.weights=x.safetensors", "hsr.start_kimg=99")
 

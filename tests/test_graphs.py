@@ -131,6 +131,8 @@ def test_fresh_leaves_share_memory_and_leave_no_trace():
         assert all(g.abs().sum() > 0 for g in gradients[2:])
         raise RuntimeError
     assert all(a is b for a, b in zip(module.parameters(), own, strict=True)) and all(p.grad is None for p in own)
+    with graphs.fresh_leaves(module, {"0.bias", "1.weight"}) as leaves:
+        assert [leaf.requires_grad for leaf in leaves] == [True, False, False, True]
 
 
 class NothingListed(TorchFunctionMode):

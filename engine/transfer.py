@@ -1,0 +1,213 @@
+"""A run's first networks out of another run's: `init_from`, whose networks may be of another resolution, label count or
+channel width.
+
+    a checkpoint folder     G with its HSR heads, D and G_ema
+    a snapshot              G_ema, from which G starts too; D is new
+    an imported network     out.safetensors (G_ema), and out.G, out.D, out.heads.safetensors beside it, where they are
+
+Tensors are matched by name (`overlap.py` says what of one is carried into another shape): a block b{r} is the same
+block at any resolution of the image, and toRGB and fromRGB belong to theirs. Adam, the path-length mean and the count
+of images begin anew. What became of every tensor of either side is told, and kept in run_dir/transfer.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from hsrgan.engine import checkpoint, snapshot
+from hsrgan.engine.aside import written_aside
+from hsrgan.engine.errors import UserError
+from hsrgan.engine.overlap import OtherFilter, Pair
+from hsrgan.engine.tensor_files import read_safetensors
+
+NETWORK_FORMAT = "hsrgan-network-1"  # of tools/import_weights.py: one network a file, named by its metadata
+NETWORKS = ("G", "D", "G_ema")
+SIBLINGS = ("G", "D", "heads")
+REMEDY = "give a checkpoint folder, a snapshot, or a network of tools/import_weights.py"
+LOADED, PARTLY, NEW, DROPPED = "loaded", "partly", "new", "dropped"
+ANEW = "Adam, the path-length mean and the count of images begin anew"
+
+
+@dataclass(frozen=True)
+class Source:
+    """State dicts there, by network, under published names (HSR's heads below `heads.`, with G), and the file of each.
+    classes: the names of its labels, empty where they are not known.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    files: dict[str, Path]
+    classes: tuple[str, ...] = ()
+
+    def of(self, network: str) -> tuple[dict[str, Tensor], Path | None]:
+        """What a network starts from, and out of which file: G and G_ema do for one another."""
+        for name in {"G": ("G", "G_ema"), "G_ema": ("G_ema", "G"), "D": ("D",)}[network]:
+            if name in self.tensors:
+                return self.tensors[name], self.files[name]
+        return {}, None
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one tensor. count: elements that were carried, or of the whole tensor where none was."""
+
+    network: str
+    tensor: str
+    what: str
+    count: int
+    there: list[int] | None
+    here: list[int] | None
+    why: str = ""
+
+
+def published(key: str) -> str:
+    """The name of a parameter or buffer of `GeneratorWithHeads` under which files and recipes know it."""
+    return key.removeprefix("generator.").removeprefix("heads.")
+
+
+def read_source(init_from: str | Path) -> Source:
+    """UserError, one line: a path that is none of the three, a damaged file, or a tensor that is not finite."""
+    path = Path(init_from)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise UserError(f"init_from {path} is no .safetensors file; {REMEDY}")
+    source = _read_files(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    for network, tensors in source.tensors.items():
+        for key, value in tensors.items():
+            if not value.is_floating_point() or not torch.isfinite(value).all():
+                raise UserError(f"init_from {source.files[network]}: {key} is not finite numbers; use an older one")
+    return source
+
+
+def _read_checkpoint(path: Path) -> Source:
+    read = checkpoint.read_checkpoint(path)
+    tensors = {part: {published(key): value for key, value in read.tensors[part].items()} for part in NETWORKS}
+    files = {part: path / f"{part}.safetensors" for part in NETWORKS}
+    return Source(tensors, files, tuple(read.state.get("class_names", ())))
+
+
+def _read_files(path: Path) -> Source:
+    network, tensors, classes = _read_network(path)
+    found, files = {network: tensors}, {network: path}
+    if network == "G_ema":
+        for name in SIBLINGS:
+            beside = path.with_name(f"{path.stem}.{name}.safetensors")
+            if beside.is_file():
+                written, found[name], _ = _read_network(beside)
+                files[name] = beside
+                if written != name:
+                    raise UserError(f"init_from {beside} holds {written}, not {name}: its name is another network's")
+    if "heads" in found:
+        heads = found.pop("heads")
+        files.setdefault("G", files.pop("heads"))
+        found["G"] = found.get("G", found.get("G_ema", {})) | heads
+    return Source(found, files, classes)
+
+
+def _read_network(path: Path) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
+    tensors, metadata = read_safetensors(path, "init_from", REMEDY)
+    if metadata.get("format") == snapshot.FORMAT:
+        try:
+            return "G_ema", tensors, tuple(json.loads(metadata["dataset"]).get("class_names", ()))
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"init_from {path}: its metadata is not a snapshot's ({error!r}); save it again") from None
+    network = metadata.get("network", "")
+    if metadata.get("format") != NETWORK_FORMAT or network not in (*NETWORKS, "heads"):
+        raise UserError(f"init_from {path}: its format is {metadata.get('format', 'not stated')}; {REMEDY}")
+    return network, tensors, ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """The fate of every tensor of either side."""
+
+    init_from: str
+    files: dict[str, str]
+    fates: list[Fate]
+
+    def new(self, network: str) -> set[str]:
+        """The tensors that start otherwise than `network` had them there, wholly or in part."""
+        return {fate.tensor for fate in self.fates if fate.network == network and fate.what in (PARTLY, NEW)}
+
+    def write(self, run_dir: str | Path) -> None:
+        content = {"init_from": self.init_from, "files": self.files, "anew": ANEW}
+        with written_aside(Path(run_dir) / "transfer.json") as aside:
+            aside.write_text(json.dumps(content | {"tensors": [asdict(fate) for fate in self.fates]}, indent=1) + "\n")
+
+    def table(self) -> Table:
+        """A line for each network and fate."""
+        table = Table(title=f"From {self.init_from}; {ANEW}", title_justify="left")
+        for name in ("network", "", "tensors", "numbers", "of"):
+            table.add_column(name, justify="right" if name in ("tensors", "numbers") else "left")
+        rows = {network: list(self._rows(network)) for network in NETWORKS}
+        same = rows["G"] == rows["G_ema"]
+        for network in ("G", "D") if same else NETWORKS:
+            label = "G, G_ema" if same and network == "G" else network
+            for row in rows[network]:
+                table.add_row(label, *row)
+                label = ""
+        return table
+
+    def _rows(self, network: str) -> Iterator[tuple[str, ...]]:
+        for what in (LOADED, PARTLY, NEW, DROPPED):
+            fates = [fate for fate in self.fates if fate.network == network and fate.what == what]
+            if fates:
+                blocks = dict.fromkeys(fate.tensor.removeprefix("synthesis.").split(".")[0] for fate in fates)
+                yield what, str(len(fates)), f"{sum(fate.count for fate in fates):,}", " ".join(blocks)
+
+
+def start_from(
+    init_from: str, g_module: nn.Module, discriminator: nn.Module, g_ema: nn.Module, class_names: Sequence[str]
+) -> Report:
+    """Fill the networks, which hold their initial values, from `init_from`, and tell what became of every tensor.
+
+    class_names: of the labels that these networks take. UserError where nothing would be carried.
+    """
+    source = read_source(init_from)
+    modules = {"G": g_module, "D": discriminator, "G_ema": g_ema}
+    fates, filled = [], {}
+    for network, module in modules.items():
+        tensors, file = source.of(network)
+        own = {published(key): (key, value) for key, value in module.state_dict().items()}
+        here = {name: value for name, (_, value) in own.items()}
+        try:
+            found, carried = _match(network, Pair(here, tensors, class_names, source.classes))
+        except OtherFilter as error:
+            raise UserError(f"init_from {file}: {error} is not the [1, 3, 3, 1] filter, the only one that these layers "
+                            "compute; give a network that was trained with it") from None
+        fates += found
+        filled[network] = {own[name][0]: value for name, value in carried.items()}
+    if not any(fate.what in (LOADED, PARTLY) and _learned(fate.tensor) for fate in fates):
+        raise UserError(f"init_from {init_from}: none of its tensors is one of the recipe's networks; {REMEDY}")
+    for network, module in modules.items():
+        module.load_state_dict(filled[network], strict=False)
+    return Report(init_from, {name: str(path) for name, path in source.files.items()}, fates)
+
+
+def _match(network: str, pair: Pair) -> tuple[list[Fate], dict[str, Tensor]]:
+    fates, carried = [], {}
+    for name in dict.fromkeys([*pair.here, *pair.there]):
+        here, there = pair.here.get(name), pair.there.get(name)
+        shapes = tuple(None if side is None else list(side.shape) for side in (there, here))
+        if here is None:
+            fates.append(Fate(network, name, DROPPED, there.numel(), *shapes, "not part of the recipe's network"))
+        elif there is None:
+            why = "not there" if pair.there else f"init_from has no {network}"
+            fates.append(Fate(network, name, NEW, here.numel(), *shapes, why))
+        else:
+            found = pair.carry(name)
+            if found.tensor is None:
+                fates.append(Fate(network, name, NEW, here.numel(), *shapes, found.why))
+            else:
+                carried[name] = found.tensor
+                fates.append(Fate(network, name, PARTLY if found.why else LOADED, found.count, *shapes, found.why))
+    return fates, carried
+
+
+def _learned(tensor: str) -> bool:
+    return not tensor.endswith(("resample_filter", "noise_const"))
