@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from hsrgan.engine import checkpoint, snapshot
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.network_file import FORMAT
 from hsrgan.engine.overlap import OtherFilter, Pair
 from hsrgan.engine.tensor_files import read_safetensors
 
-NETWORK_FORMAT = "hsrgan-network-1"  # of tools/import_weights.py: one network a file, named by its metadata
 NETWORKS = ("G", "D", "G_ema")
 SIBLINGS = ("G", "D", "heads")
 REMEDY = "give a checkpoint folder, a snapshot, or a network of tools/import_weights.py"
@@ -117,7 +117,7 @@ def _read_network(path: Path) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
         except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"init_from {path}: its metadata is not a snapshot's ({error!r}); save it again") from None
     network = metadata.get("network", "")
-    if metadata.get("format") != NETWORK_FORMAT or network not in (*NETWORKS, "heads"):
+    if metadata.get("format") != FORMAT or network not in (*NETWORKS, "heads"):
         raise UserError(f"init_from {path}: its format is {metadata.get('format', 'not stated')}; {REMEDY}")
     return network, tensors, ()
 

@@ -56,7 +56,7 @@ def snapshot_of(path: Path, generator, classes=()) -> str:
 
 def network_file(path: Path, module, network: str) -> str:
     tensors = {key: value.contiguous().clone() for key, value in module.state_dict().items()}
-    save_file(tensors, path, {"format": transfer.NETWORK_FORMAT, "network": network, "constructor": "{}"})
+    save_file(tensors, path, {"format": transfer.FORMAT, "network": network, "constructor": "{}"})
     return str(path)
 
 
@@ -295,7 +295,7 @@ def test_other_pixels_are_new(tmp_path):
     initial = {name: state(module) for name, module in here.items()}
     for name in ("G_ema", "D"):
         path = tmp_path / ("s.safetensors" if name == "G_ema" else "s.D.safetensors")
-        save_file(others[name], path, {"format": transfer.NETWORK_FORMAT, "network": name})
+        save_file(others[name], path, {"format": transfer.FORMAT, "network": name})
     report = start(str(tmp_path / "s.safetensors"), here)
     assert fates(report, "G_ema", "new") == {"synthesis.b8.conv0.noise_const", "synthesis.b4.const"}
     assert fates(report, "D", "new") == {"b4.fc.weight"}
