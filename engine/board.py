@@ -23,7 +23,7 @@ class Board:
     def __init__(self, folder: Path, purge_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = open(folder / name, "xb", buffering=0)
+        self._file = (folder / name).open("xb", buffering=0)
         self._whole = 0  # bytes of whole events
         self._add(step=purge_step, file_version="brain.Event:2")
         self._add(step=purge_step, session_log={"status": "START"})

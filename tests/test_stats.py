@@ -122,12 +122,14 @@ def test_a_disk_that_is_full_for_a_while_tears_no_event(tmp_path, capfd):
         log.fakes(torch.zeros(1, 1, 8, 8), 0.0)
         log.tick(1000, _scalars(1))
         (file,) = (tmp_path / "tensorboard").iterdir()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 30, no_limit[1]))  # into the next event
+        whole = file.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 30, no_limit[1]))  # into the next event
         try:
             with pytest.raises(CannotWrite, match=r"cannot write .*tensorboard: File too large"):
                 log.tick(2000, _scalars(2))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+        assert file.stat().st_size == whole
         log.tick(3000, _scalars(3))
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
