@@ -40,6 +40,9 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
     if recipe.init_from and Path(recipe.run_dir).resolve() in (p := Path(recipe.init_from).resolve(), *p.parents):
         text = f"init_from, {recipe.init_from}, lies in run_dir: a run resumes by itself, a branch has its own run_dir"
         yield ("init_from",), text
+    power = [f"{length:.3f}" for length in recipe.ema.power]
+    if len(set(power)) < len(power):
+        yield ("ema", "power"), f"ema.power is {recipe.ema.power}, allowed: lengths that differ in three decimals"
     if recipe.hsr:
         yield from _hsr_inconsistencies(recipe.hsr, r, recipe.kimg)
     if recipe.metrics:

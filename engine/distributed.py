@@ -269,6 +269,12 @@ class Sharded:
         self.engine.backward(_Deliver.apply(finite, *self.parameters))
         self.engine.step()
 
+    def moved(self) -> torch.Tensor | None:
+        """[] on the device: 1 if a step since the last call has changed the parameters, 0 if all were skipped; None
+        where no step ever is.
+        """
+        return self.finite.moved() if self.skip else None
+
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """Both Adam moments of every parameter in full, as `{moment}.{name}`, on every rank. All ranks must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state

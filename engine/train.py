@@ -28,6 +28,7 @@ from hsrgan.engine.faults import Preemption, Writing, not_finite
 from hsrgan.engine.outputs import PICTURES, Outputs
 from hsrgan.engine.peers import Peers
 from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
+from hsrgan.engine.power_ema import part_name, power_beta
 from hsrgan.engine.scoring import Scoring
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.stats import RunLog
@@ -68,13 +69,16 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
         source.fill("G", generator, prefix="generator.")
         source.fill("D", discriminator)
         source.fill("G_ema", g_ema)
+    power = {length: copy.deepcopy(generator).requires_grad_(False).eval() for length in recipe.ema.power}
+    for length, average in power.items() if resumed else ():
+        resumed.fill(part_name(length), average)
 
     t = assembly.training(recipe, world, manifest, g_module, discriminator, teacher)
     if resumed:
         t.take_up(resumed.state)
         t.g.load_optimizer_state(resumed.tensors["G_adam"], resumed.state["adam_steps"]["G"])
         t.d.load_optimizer_state(resumed.tensors["D_adam"], resumed.state["adam_steps"]["D"])
-    return _loop(t, Outputs(t, manifest, g_ema), resumed, preemption, diverged)
+    return _loop(t, Outputs(t, manifest, g_ema, power), resumed, preemption, diverged)
 
 
 def _loop(
@@ -111,8 +115,11 @@ def _loop(
             for phase in phases:
                 if step % phase.interval == 0:
                     run_phase(phase, t, images, reals, real_c)
+            moved = t.g.moved()
             with distributed.gathered(t.g):
-                update_ema(out.g_ema, t.generator, ema_beta(batch, images, recipe.ema.kimg, recipe.ema.rampup))
+                update_ema(out.g_ema, t.generator, ema_beta(batch, images, recipe.ema.kimg, recipe.ema.rampup), moved)
+                for length, average in out.power.items():
+                    update_ema(average, t.generator, power_beta(batch, images, length), moved)
             seen, images = images, images + batch
             last, leaving = images >= total, preemption.asked()
 
