@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
@@ -22,6 +21,7 @@ from hsrgan.engine.aside import check_writable
 from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.config import Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
+from hsrgan.engine.dry_run import dry_run
 from hsrgan.engine.ema import ema_beta, update_ema
 from hsrgan.engine.errors import EXIT_RESUME, user_errors
 from hsrgan.engine.faults import Preemption, Writing, not_finite
@@ -40,6 +40,8 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_path, overrides, world_size=world.size)
     world = distributed.world_from_environment(recipe.device)
     launch.allow_tf32(recipe.tf32)
+    if recipe.dry_run:
+        return dry_run(recipe, world)
     check_writable(Path(recipe.run_dir))
     check_paths(recipe)
     manifest = assembly.dataset(recipe.data)
@@ -87,11 +89,7 @@ def _loop(
     recipe, world, batch, manifest = t.recipe, t.world, t.recipe.batch, out.manifest
     images = out.take_up(resumed) if resumed else 0
     bad_samples = DataFaults(manifest, collected=True)
-    stream = open_stream(
-        manifest, seed=recipe.seed, start=images, global_batch=batch, rank=world.rank, world=world.size,
-        workers=recipe.data.workers, window=recipe.data.window, mirror=recipe.data.mirror,
-        resampled=recipe.data.resampled, faults=bad_samples,
-    )  # fmt: skip
+    stream = assembly.stream(recipe, world, manifest, images, bad_samples)
     phases, total = build_phases(t), round(recipe.kimg * 1000)
     score = Scoring(out, images) if recipe.metrics else None
     log = RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank)
@@ -109,7 +107,7 @@ def _loop(
         for reals_uint8, real_c in stream:
             if images >= total:
                 break
-            reals = _to_float(reals_uint8, world.device)
+            reals = assembly.to_float(reals_uint8, world.device)
             real_c = real_c[:, : t.generator.c_dim].to(world.device, non_blocking=True)
             step = images // batch
             for phase in phases:
@@ -159,12 +157,6 @@ def _loop(
 def _crossed(every_kimg: float, before: int, after: int) -> bool:
     """Whether a multiple of `every_kimg` lies in (before, after]."""
     return int(after / (every_kimg * 1000)) > int(before / (every_kimg * 1000))
-
-
-def _to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 [n, C, R, R] → [−1, 1] float32, channels_last."""
-    images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-    return images.div_(127.5).sub_(1)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
