@@ -112,8 +112,9 @@ def test_model_states_are_deepspeeds():
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    half = dry_run.Bytes(parameter=2, gradient=2, moments=8, master=4 + 4)  # they also count an fp32 gradient
-    ours = [sum(dry_run.model_states(10**7, stage, 8, half).values()) for stage in (2, 3)]
+    half = dry_run.Bytes(parameter=2, gradient=2, moments=8, master=4 + 4)  # they also count an fp32 gradient,
+    sizes = {2: half, 3: half._replace(gradient=0)}  # and under stage 3 no other
+    ours = [sum(dry_run.model_states(10**7, stage, 8, size).values()) for stage, size in sizes.items()]
     _, second = estimate_zero2_model_states_mem_needs(10**7, num_gpus_per_node=8, num_nodes=1, cpu_offload=False)
     _, third, _ = estimate_zero3_model_states_mem_needs(10**7, 0, 8, 1, False, False, False)
     assert ours == [second, third]
@@ -138,7 +139,7 @@ def test_mean_seconds_leaves_the_first_call_out_and_calls_everything_twice():
 
 def test_activations_are_what_autograd_keeps():
     layer = torch.nn.Linear(100, 50)
-    x = torch.randn(10, 100)
+    x = torch.randn(10, 100, requires_grad=True)  # so that the weight is kept as well
     with dry_run.Activations([layer]) as kept:
         y = torch.tanh(layer(x))
         (y * y).sum()
