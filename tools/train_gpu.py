@@ -155,7 +155,7 @@ def measure(variant: Variant, turns: int, probes: Probes) -> dict:
 
     def step(images: int) -> None:
         run_step(t, phases, images, reals, labels)
-        update_ema(average, t.generator, 0.999, t.g.moved())
+        update_ema(average, t.generator, 0.999)
 
     def alone(phase: Phase) -> Callable[[], None]:
         return lambda: run_phase(phase, t, 0, reals, labels)
