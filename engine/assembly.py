@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from hsrgan.engine import distributed
+from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.config import Recipe
+from hsrgan.engine.data import open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.freezing import Frozen, check_known
@@ -26,14 +30,32 @@ HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 HEADS = {"fp32": None, "fp16": torch.bfloat16, "bf16": torch.bfloat16}  # nothing clamps what HSR's heads compute
 
 
-def dataset(data: Data) -> Manifest:
-    shards = data.shards or ensure_digits("datasets", data.resolution, data.channels)
+def dataset(data: Data, digits: str | Path = "datasets") -> Manifest:
+    """digits: the folder below which the built-in ones are packed."""
+    shards = data.shards or ensure_digits(digits, data.resolution, data.channels)
     manifest = open_shards(
         str(shards), cache=data.cache, cache_gb=data.cache_gb, allow_shell=data.allow_shell, max_bad=data.max_bad,
         quiet=os.environ.get("RANK", "0") != "0",
     )  # fmt: skip
     manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
     return manifest
+
+
+def stream(
+    recipe: Recipe, world: distributed.World, manifest: Manifest, start: int, faults: DataFaults | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's part of every batch from position `start` on (`open_stream`)."""
+    return open_stream(
+        manifest, seed=recipe.seed, start=start, global_batch=recipe.batch, rank=world.rank, world=world.size,
+        workers=recipe.data.workers, window=recipe.data.window, mirror=recipe.data.mirror,
+        resampled=recipe.data.resampled, faults=faults,
+    )  # fmt: skip
+
+
+def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 [n, C, R, R] → [−1, 1] float32, channels_last."""
+    images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
+    return images.div_(127.5).sub_(1)
 
 
 def networks(recipe: Recipe, manifest: Manifest, world: distributed.World):

@@ -4,7 +4,7 @@ number of ranks and ZeRO stage.
 checkpoints/latest            the name of the newest one, moved last
 checkpoints/000040960/        images seen
     G.safetensors             generator (published keys below `generator.`) and HSR heads (`heads.`)
-    D.safetensors  G_ema.safetensors
+    D.safetensors  G_ema.safetensors  and, where ema.power asks for them, G_power-<length>.safetensors
     G_adam.safetensors  D_adam.safetensors      `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
     state.json                format, images, pl_mean, Adam's steps, the resolved recipe, the data's class names
     SHA256SUMS                of all these, as sha256sum writes and checks it
@@ -51,6 +51,11 @@ class Checkpoint:
 
     def fill(self, part: str, module: nn.Module) -> None:
         """Load `part` into a module; every key must fit."""
+        if part not in self.tensors:
+            raise UserError(
+                f"checkpoint {self.path} has no {part}.safetensors: give ema.power the lengths of that run, or train "
+                "from the start in another run_dir"
+            )
         tensors = self.tensors[part]
         wanted = {key: value.shape for key, value in module.state_dict().items()}
         found = {key: value.shape for key, value in tensors.items()}
@@ -114,7 +119,8 @@ def read_checkpoint(path: str | Path, *, checked: bool = False) -> Checkpoint:
             )
         if not checked and (fault := damage(path)):
             raise UserError(f"checkpoint {path} is damaged ({fault}); use the one before")
-        tensors = {part: load_file(path / f"{part}.safetensors") for part in TENSOR_FILES}
+        parts = [*TENSOR_FILES, *(power.stem for power in sorted(path.glob("G_power-*.safetensors")))]
+        tensors = {part: load_file(path / f"{part}.safetensors") for part in parts}
     except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -198,7 +204,7 @@ def write_checkpoint(
     run_dir: str | Path,
     g: Sharded,
     d: Sharded,
-    g_ema: nn.Module,
+    averages: dict[str, nn.Module],
     *,
     images: int,
     training: dict,
@@ -209,7 +215,7 @@ def write_checkpoint(
 ) -> None:
     """Write one checkpoint, then drop those that need not be kept. All ranks must call it; rank 0 writes.
 
-    training: `Training.state()`, and what else goes into state.json.
+    averages: of G, by the part's name. training: `Training.state()`, and what else goes into state.json.
 
     Raises CannotWrite, on rank 0, where the file system refuses; what was there before is then as it was.
     """
@@ -217,8 +223,7 @@ def write_checkpoint(
         parts = {
             "G": _on_host(g.module.state_dict()),
             "D": _on_host(d.module.state_dict()),
-            "G_ema": _on_host(g_ema.state_dict()),
-        }
+        } | {part: _on_host(average.state_dict()) for part, average in averages.items()}
     parts |= {"G_adam": g.optimizer_state(), "D_adam": d.optimizer_state()}
     state = {
         "format": FORMAT,

@@ -65,6 +65,7 @@ class Recipe(Section):
     metrics_kimg: Positive = 200.0                  # between two evaluations by `metrics`
     keep_checkpoints: Whole = 2                     # the newest; with metrics, that of the best score too
     keep_every_kimg: Positive | None = None         # and the first one after each multiple of this
+    dry_run: bool = False                           # say what would run, from 20 steps of it, and end
     init_from: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # what to start from: engine/transfer.py
     data: Data
     generator: Generator

@@ -46,6 +46,9 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
         if recipe.freeze.d > layers:
             text = f"freeze.d is {recipe.freeze.d}, allowed for this discriminator: 0 to {layers}, its layers above 4×4"
             yield ("freeze", "d"), text
+    power = [f"{length:.3f}" for length in recipe.ema.power]
+    if len(set(power)) < len(power):
+        yield ("ema", "power"), f"ema.power is {recipe.ema.power}, allowed: lengths that differ in three decimals"
     if recipe.hsr:
         yield from _hsr_inconsistencies(recipe.hsr, r, recipe.kimg)
     if recipe.metrics:

@@ -33,6 +33,7 @@ class Finite:
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self._names = [*names, LOSS]
         self.found = torch.zeros((), device=device)  # 1 where the last step was not finite
+        self._moved = torch.zeros((), device=device)
         self._count = torch.zeros((), device=device)
         self._first = torch.zeros(len(self._names), device=device)
         self._steps = 0
@@ -45,10 +46,16 @@ class Finite:
     def count(self, bad: Tensor) -> Tensor:
         """Note a step. bad: of `check`, the largest over the ranks. Returns `found`."""
         self.found = bad.amax()
+        self._moved = torch.maximum(self._moved, 1 - self.found)
         self._first = torch.where(self._count > 0, self._first, bad)
         self._count = self._count + self.found
         self._steps += 1
         return self.found
+
+    def moved(self) -> Tensor:
+        """1 [] if any step since the last call was finite, else 0."""
+        moved, self._moved = self._moved, torch.zeros_like(self._moved)
+        return moved
 
     def collect(self) -> NotFinite:
         """What was noted since the last call, the same on every rank, and clear."""

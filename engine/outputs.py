@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from hsrgan.engine import checkpoint
+from hsrgan.engine.aside import writable
 from hsrgan.engine.distributed import from_first
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.model import Generator
 from hsrgan.engine.phases import Training
+from hsrgan.engine.power_ema import part_name
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.snapshot import save_snapshot
 
@@ -26,6 +28,7 @@ class Outputs:
     t: Training
     manifest: Manifest
     g_ema: Generator
+    power: dict[float, Generator]  # EDM2's averages by their length, on G's device: fp32 copies of G
     best_images: int | None = None  # what the G with the best score had seen
     retention: checkpoint.Retention = field(init=False)
 
@@ -37,7 +40,13 @@ class Outputs:
         """Go on from a checkpoint: the images that it has seen."""
         folders = checkpoint.checkpoint_folders(self.t.recipe.run_dir)
         self.retention.own = [path.name for path in folders if path.name <= resumed.path.name]
-        return resumed.state["images"]
+        images = resumed.state["images"]
+        if self.t.world.first:  # later ones belong to a branch that is left: tools/ema.py would mix the two
+            with writable(self.power_folder):
+                for path in self.power_folder.glob("[0-9]*.safetensors"):
+                    if int(path.name[:9]) > images:
+                        path.unlink()
+        return images
 
     def roll_back(self, diverged: str, tried: checkpoint.Checkpoint | None) -> str:
         """The line `diverged`, if the recipe wants a rollback and there is a checkpoint to try: one other than `tried`,
@@ -69,6 +78,9 @@ class Outputs:
 
     def snapshot(self, images: int) -> None:
         self._save(self.snapshot_path(images), images)
+        for length, average in self.power.items():
+            path = self.power_folder / f"{images:09d}-{length:.3f}.safetensors"
+            self._save(path, images, average=average, power={"length": length, "images": images})
 
     def best(self, images: int, score: dict) -> None:
         """The snapshot with the best score so far, in place of the one before."""
@@ -82,16 +94,28 @@ class Outputs:
     def best_path(self) -> Path:
         return Path(self.t.recipe.run_dir) / "snapshots" / "best.safetensors"
 
-    def _save(self, path: Path, images: int, score: dict | None = None) -> None:
+    @property
+    def power_folder(self) -> Path:
+        return Path(self.t.recipe.run_dir) / "power"
+
+    def _save(
+        self, path: Path, images: int, score: dict | None = None, average: Generator | None = None,
+        power: dict | None = None,
+    ) -> None:
         if self.t.world.first:
             manifest, recipe = self.manifest, self.t.recipe.to_json()
             facts = {"resolution": manifest.resolution, "class_names": manifest.class_names, "sha256": manifest.sha256}
-            path.parent.mkdir(exist_ok=True)
-            save_snapshot(path, self.g_ema, recipe_json=recipe, kimg=images / 1000, dataset=facts, score=score)
+            with writable(path.parent):
+                path.parent.mkdir(exist_ok=True)
+            save_snapshot(
+                path, average or self.g_ema, recipe_json=recipe, kimg=images / 1000, dataset=facts, score=score,
+                power=power,
+            )
 
     def checkpoint(self, images: int) -> None:
+        averages = {"G_ema": self.g_ema} | {part_name(length): average for length, average in self.power.items()}
         checkpoint.write_checkpoint(
-            self.t.recipe.run_dir, self.t.g, self.t.d, self.g_ema, images=images,
+            self.t.recipe.run_dir, self.t.g, self.t.d, averages, images=images,
             training=self.t.state() | {"class_names": list(self.manifest.class_names)},
             recipe=self.t.recipe.model_dump(mode="json"), retention=self.retention, best=self.best_images,
             rank=self.t.world.rank,

@@ -289,11 +289,14 @@ def type_problem(model: type[BaseModel], path: KeyPath, value: Any, kind: str) -
     if path[-1] == "[key]":     # pydantic's mark for a wrong key of a mapping: ("hsr", "layers", "x", "[key]")
         path, kind = path[:-1], "key"
     annotation, metadata, description = model, (), None
-    for part in path:
+    for depth, part in enumerate(path):
         fields = _fields(annotation)
         if part in fields:
             info = fields[part]
             annotation, metadata, description = info.annotation, info.metadata, info.description
+        elif get_origin(_unwrap(annotation)[0]) is list:  # an element: it is the whole list that is described
+            path = path[:depth]
+            break
         else:
             *key_type, value_type = get_args(_unwrap(annotation)[0])  # of a dict; a list has values only
             annotation, metadata, description = (key_type[0] if kind == "key" else value_type), (), None

@@ -109,6 +109,10 @@ class PathLength(Section):
 class Ema(Section):
     kimg: NotNegative               # half-life
     rampup: Positive | None = None  # half-life ≤ rampup · images seen; null = no ramp
+    # EDM2's averages beside it (engine/power_ema.py), kept for tools/ema.py in every snapshot: their lengths σ_rel
+    power: list[Annotated[float, Field(ge=0.005, le=0.28)]] = Field(
+        [], description="a list of lengths from 0.005 to 0.28, as [0.05, 0.10]"
+    )
 
 
 class Hsr(Section):

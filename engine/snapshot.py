@@ -2,13 +2,16 @@
 
 The file holds the generator's state dict in fp32 (fp16 where tools/export.py was told so) under the published StyleGAN2
 keys. Its metadata (text → text): `format`, `generator` (JSON of the constructor's arguments), `recipe` (JSON of the
-resolved recipe), `kimg`, `dataset` (JSON: class_names, resolution and so on), and `score` where it was scored (JSON: a
-result of tools/eval.py). Nothing is unpickled.
+resolved recipe), `kimg`, `dataset` (JSON: class_names, resolution and so on), `score` where it was scored (JSON: a
+result of tools/eval.py), and `power` where it is a power-function average (JSON: its length and the images seen).
+Nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,12 +34,13 @@ def save_snapshot(
     kimg: float,
     dataset: dict,
     score: dict | None = None,
+    power: dict | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write `generator` (with `init_kwargs`) to `path`, whole or not at all.
 
     recipe_json: the resolved recipe. dataset: JSON-able facts about the training images. score: a metric's result.
-    dtype: of the tensors in the file; they are loaded as fp32.
+    power: of a power-function average, what it is. dtype: of the tensors in the file; they are loaded as fp32.
     Raises `UserError` where the folder refuses.
     """
     metadata = {
@@ -46,8 +50,7 @@ def save_snapshot(
         "kimg": repr(float(kimg)),
         "dataset": json.dumps(dataset),
     }
-    if score is not None:
-        metadata["score"] = json.dumps(score)
+    metadata |= {key: json.dumps(value) for key, value in (("score", score), ("power", power)) if value is not None}
     tensors = {key: own_copy(value, dtype) for key, value in generator.state_dict().items()}
     with written_aside(Path(path)) as aside:
         aside.write_bytes(save(tensors, metadata))  # save_file has errors of its own for a full disk
@@ -59,36 +62,62 @@ def own_copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def load_snapshot(path: Path | str) -> tuple[Generator, dict]:
-    """The generator of a snapshot, in eval mode, without gradients, on the CPU; and its metadata, parsed:
-    `format` str, `generator` dict, `recipe` dict, `kimg` float, `dataset` dict, and `score` dict if it was scored.
+    """The generator of a snapshot, in eval mode, without gradients, on the CPU; and its metadata (`read_metadata`).
 
-    Raises `UserError` for a missing file, one that is not safetensors or is cut short, one that is not a snapshot,
-    and one whose tensors do not fit the configuration it names.
+    Raises `UserError` as `read_metadata` does, and for one whose tensors do not fit the configuration it names.
+    """
+    path, metadata = Path(path), read_metadata(path)
+    try:
+        generator = Generator(**metadata["generator"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _no_generator(path, error) from error
+    tensors = read_tensors(path)
+    _check_fit(path, generator.state_dict(), tensors)
+    generator.load_state_dict(tensors)
+    return generator.eval().requires_grad_(False), metadata
+
+
+def read_metadata(path: Path | str) -> dict:
+    """A snapshot's metadata, parsed: `format` str, `generator` dict, `recipe` dict, `kimg` float, `dataset` dict, and
+    the dicts `score` and `power` where it has them.
+
+    Raises `UserError` for a missing file, one that is not safetensors or is cut short, and one that is not a snapshot.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"snapshot {path}: no such file; give a .safetensors file from a run's snapshots folder")
+    with _whole(path), safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"snapshot {path}: its format is {metadata.get('format', 'not stated')}, not {FORMAT}; "
+            "give a file from a run's snapshots folder"
+        )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            if metadata.get("format") != FORMAT:
-                raise UserError(
-                    f"snapshot {path}: its format is {metadata.get('format', 'not stated')}, not {FORMAT}; "
-                    "give a file from a run's snapshots folder"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"snapshot {path}: not a whole safetensors file ({error}); copy or make it again") from error
-    try:
-        for key in ("generator", "recipe", "dataset", *({"score"} & metadata.keys())):
+        for key in ("generator", "recipe", "dataset", *({"score", "power"} & metadata.keys())):
             metadata[key] = json.loads(metadata[key])
         metadata["kimg"] = float(metadata["kimg"])
-        generator = Generator(**metadata["generator"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"snapshot {path}: its metadata does not describe a generator ({error!r})") from error
-    _check_fit(path, generator.state_dict(), tensors)
-    generator.load_state_dict(tensors)
-    return generator.eval().requires_grad_(False), metadata
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_generator(path, error) from error
+    return metadata
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A snapshot's state dict."""
+    with _whole(path), safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"snapshot {path}: not a whole safetensors file ({error}); copy or make it again") from error
+
+
+def _no_generator(path: Path, error: Exception) -> UserError:
+    return UserError(f"snapshot {path}: its metadata does not describe a generator ({error!r})")
 
 
 def _check_fit(path: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
 from hsrgan.engine.aside import writable, written_aside
+from hsrgan.engine.board import Board
 from hsrgan.engine.curves import draw_curves
 from hsrgan.engine.errors import CannotWrite
 from hsrgan.engine.pictures import image_grid, save_png
@@ -112,8 +113,6 @@ class RunLog:
         return self
 
     def _open(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         path = self.run_dir / "log.jsonl"
         with writable(self.run_dir, "name another run_dir"):
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -121,7 +120,7 @@ class RunLog:
             with written_aside(path) as aside:
                 aside.write_text("".join(_line(row) for row in kept), encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._start_images + 1)
+            self._board = Board(self.run_dir / "tensorboard", purge_step=self._start_images + 1)
         self._rows = [row for row in kept if "event" not in row]
         self._earlier_seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
         self._progress = Progress(
@@ -159,8 +158,7 @@ class RunLog:
         stamp = f"{kimg:08.1f}" if self._total_images < 100_000 else f"{round(kimg):06d}"
         save_png(image_grid(images), self.run_dir / "samples" / f"fakes-{stamp}.png")
         with writable(self.run_dir / "tensorboard"):
-            grid = np.asarray(image_grid(images, scale=1))
-            self._board.add_image("fakes", grid, round(kimg * 1000), dataformats="HW" if grid.ndim == 2 else "HWC")
+            self._board.image("fakes", np.asarray(image_grid(images, scale=1)), round(kimg * 1000))
 
     def step(self, images_seen: int) -> None:
         """Note that `images_seen` images are done, and move the progress line at most twice a second."""
@@ -255,9 +253,8 @@ class RunLog:
         self._append(row)
         self._rows.append(row)
         with writable(self.run_dir / "tensorboard"):
-            for name in row.keys() - {"kimg", "images", "seconds"}:
-                self._board.add_scalar(name, row[name], row["images"])
-            self._board.flush()
+            scalars = {name: value for name, value in row.items() if name not in ("kimg", "images", "seconds")}
+            self._board.scalars(scalars, row["images"])
         self._draw_curves()
 
     def _append(self, row: dict) -> None:

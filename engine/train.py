@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
@@ -22,6 +21,7 @@ from hsrgan.engine.aside import check_writable
 from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.config import Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
+from hsrgan.engine.dry_run import dry_run
 from hsrgan.engine.ema import ema_beta, update_ema
 from hsrgan.engine.errors import EXIT_RESUME, user_errors
 from hsrgan.engine.faults import Preemption, Writing, not_finite
@@ -29,6 +29,7 @@ from hsrgan.engine.freezing import frozen_otherwise, frozen_parameters
 from hsrgan.engine.outputs import PICTURES, Outputs
 from hsrgan.engine.peers import Peers
 from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
+from hsrgan.engine.power_ema import part_name, power_beta
 from hsrgan.engine.scoring import Scoring
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.stats import RunLog
@@ -40,6 +41,8 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
     recipe = load_recipe(recipe_path, overrides, world_size=world.size)
     world = distributed.world_from_environment(recipe.device)
     launch.allow_tf32(recipe.tf32)
+    if recipe.dry_run:
+        return dry_run(recipe, world)
     check_writable(Path(recipe.run_dir))
     check_paths(recipe)
     manifest = assembly.dataset(recipe.data)
@@ -67,6 +70,9 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
         resumed.fill("G_ema", g_ema)
     else:
         assembly.first_values(recipe, world, manifest, g_module, discriminator, g_ema, frozen)
+    power = {length: copy.deepcopy(generator).requires_grad_(False).eval() for length in recipe.ema.power}
+    for length, average in power.items() if resumed else ():
+        resumed.fill(part_name(length), average)
 
     t = assembly.training(recipe, world, manifest, g_module, discriminator, teacher, frozen)
     if resumed:
@@ -75,7 +81,7 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
         for name, net in (("G", t.g), ("D", t.d)):
             if name not in t.anew:
                 net.load_optimizer_state(resumed.tensors[f"{name}_adam"], resumed.state["adam_steps"][name])
-    return _loop(t, Outputs(t, manifest, g_ema), resumed, preemption, diverged)
+    return _loop(t, Outputs(t, manifest, g_ema, power), resumed, preemption, diverged)
 
 
 def _loop(
@@ -84,11 +90,7 @@ def _loop(
     recipe, world, batch, manifest = t.recipe, t.world, t.recipe.batch, out.manifest
     images = out.take_up(resumed) if resumed else 0
     bad_samples = DataFaults(manifest, collected=True)
-    stream = open_stream(
-        manifest, seed=recipe.seed, start=images, global_batch=batch, rank=world.rank, world=world.size,
-        workers=recipe.data.workers, window=recipe.data.window, mirror=recipe.data.mirror,
-        resampled=recipe.data.resampled, faults=bad_samples,
-    )  # fmt: skip
+    stream = assembly.stream(recipe, world, manifest, images, bad_samples)
     phases, total = build_phases(t), round(recipe.kimg * 1000)
     score = Scoring(out, images) if recipe.metrics else None
     log = RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank)
@@ -107,14 +109,17 @@ def _loop(
         for reals_uint8, real_c in stream:
             if images >= total:
                 break
-            reals = _to_float(reals_uint8, world.device)
+            reals = assembly.to_float(reals_uint8, world.device)
             real_c = real_c[:, : t.generator.c_dim].to(world.device, non_blocking=True)
             step = images // batch
             for phase in phases:
                 if step % phase.interval == 0:
                     run_phase(phase, t, images, reals, real_c)
+            moved = t.g.moved()
             with distributed.gathered(t.g):
-                update_ema(out.g_ema, t.generator, ema_beta(batch, images, recipe.ema.kimg, recipe.ema.rampup))
+                update_ema(out.g_ema, t.generator, ema_beta(batch, images, recipe.ema.kimg, recipe.ema.rampup), moved)
+                for length, average in out.power.items():
+                    update_ema(average, t.generator, power_beta(batch, images, length), moved)
             seen, images = images, images + batch
             last, leaving = images >= total, preemption.asked()
 
@@ -154,12 +159,6 @@ def _loop(
 def _crossed(every_kimg: float, before: int, after: int) -> bool:
     """Whether a multiple of `every_kimg` lies in (before, after]."""
     return int(after / (every_kimg * 1000)) > int(before / (every_kimg * 1000))
-
-
-def _to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 [n, C, R, R] → [−1, 1] float32, channels_last."""
-    images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-    return images.div_(127.5).sub_(1)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

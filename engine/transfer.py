@@ -113,7 +113,7 @@ def _read_network(path: Path) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
     tensors, metadata = read_safetensors(path, "init_from", REMEDY)
     if metadata.get("format") == snapshot.FORMAT:
         try:
-            return "G_ema", tensors, tuple(json.loads(metadata["dataset"]).get("class_names", ()))
+            return "G_ema", tensors, tuple(json.loads(metadata["dataset"]).get("class_names") or ())
         except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"init_from {path}: its metadata is not a snapshot's ({error!r}); save it again") from None
     network = metadata.get("network", "")

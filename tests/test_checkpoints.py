@@ -237,8 +237,9 @@ def test_a_full_disk(workspace, straight, policy, for_ever):
     runs = forked.start(workspace, *options, ranks=2, plant=partial(plant_full_disk, for_ever))
     codes = [one.ends() for one in runs]
     assert not list(run.rglob(".*")) and f"{name}/checkpoints/000000048: File too large" in runs[0].said
+    assert "Traceback" not in runs[0].said + runs[1].said  # TensorBoard's writer is one of those that fail
     if policy == "stop":
-        assert codes == [2, 2] and newest(run) == "000000032" and "Traceback" not in runs[0].said + runs[1].said
+        assert codes == [2, 2] and newest(run) == "000000032"
     else:
         assert codes == [0, 0] and "goes on without it" in runs[0].said
         kept = sorted(path.name for path in (run / "checkpoints").glob("0*"))

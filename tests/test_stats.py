@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from hsrgan.engine import stats
 from hsrgan.engine.curves import thinned
-from hsrgan.engine.errors import UserError
+from hsrgan.engine.errors import CannotWrite, UserError
 from hsrgan.engine.pictures import image_grid, to_uint8
 from hsrgan.engine.stats import Meter, RunLog, read_log
 
@@ -110,6 +111,30 @@ def test_tensorboard_has_the_scalars(tmp_path):
     board.Reload()
     steps = [(event.step, event.value) for event in board.Scalars("loss/G")]
     assert steps == [(1000, 2.0), (2000, 3.0), (3000, 4.0), (4000, 5.0)]
+
+
+def test_a_disk_that_is_full_for_a_while_tears_no_event(tmp_path, capfd):
+    """Whatever is written while no file may grow is one CannotWrite line; what comes later can be read again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path, total_kimg=200) as log:
+        log.fakes(torch.zeros(1, 1, 8, 8), 0.0)
+        log.tick(1000, _scalars(1))
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        whole = file.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 30, no_limit[1]))  # into the next event
+        try:
+            with pytest.raises(CannotWrite, match=r"cannot write .*tensorboard: File too large"):
+                log.tick(2000, _scalars(2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+        assert file.stat().st_size == whole
+        log.tick(3000, _scalars(3))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss/G")] == [(1000, 2.0), (3000, 4.0)]
+    assert len(board.Images("fakes")) == 1 and "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_resuming_drops_what_lies_beyond_and_what_was_torn(tmp_path):
