@@ -35,11 +35,12 @@ from hsrgan.engine.aside import writable, written_aside
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.shard_cache import GB, ShardCache, claimed
 from hsrgan.engine.shards import IMAGE_FORMATS, MANIFEST, Manifest, Shard, load_manifest, parse_manifest
+from hsrgan.engine.sizes import in_words
 from hsrgan.engine.tar_index import sample_offsets
 from hsrgan.engine.transport import CHUNK, check_scheme, fetch_text, scheme_of
 
 MOST_CLASSES = 100_000  # a larger number in a .cls is not taken for a class
-_CHANNELS = {"L": 1, "RGB": 3}
+_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _THREADS = 8  # shards that are indexed at a time
 
 
@@ -165,7 +166,8 @@ def _indexed(spec: str, locations: list[str], store: ShardCache, *, quiet: bool)
     shards = [Shard(w, e.count, e.sha256, e.bytes) for w, e in zip(locations, entries, strict=True) if e.count]
     name = hashlib.sha256(json.dumps([shard.sha256 for shard in shards]).encode()).hexdigest()
     console.print(
-        f"{spec}: {len(shards)} shards, {count} samples, {width}x{height} {image_format}, {classes or 'no'} classes",
+        f"{spec}: {len(shards)} shards, {count} samples of {in_words((height, width))}, {image_format}, "
+        f"{classes or 'no'} classes",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     return Manifest(

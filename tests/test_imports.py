@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 OURS = {"engine", "kernels", "tools", "recipes"}
 
 KERNELS = {"hsrgan.kernels"}
-NETWORKS = KERNELS | {"hsrgan.engine.errors", "hsrgan.engine.layers", "hsrgan.engine.blocks", "hsrgan.engine.model"}
-OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ("losses", "tensor_files", "teacher", "ema")}
+NETWORKS = KERNELS | {f"hsrgan.engine.{name}" for name in ("errors", "sizes", "layers", "blocks", "model")}
+OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ("losses", "tensor_files", "alpha", "teacher", "ema")}
 ALLOWED = {  # what a module may import of ours; a prefix stands for everything below it
     "hsrgan.kernels": KERNELS,
     **dict.fromkeys(NETWORKS - KERNELS, NETWORKS),
