@@ -161,7 +161,7 @@ def _indexed(spec: str, locations: list[str], store: ShardCache, *, quiet: bool)
     count = sum(entry.count for entry in entries)
     counts = np.zeros(max(len(entry.class_counts) for entry in entries), np.int64)
     for entry in entries:
-        counts[: len(entry.class_counts)] += entry.class_counts
+        counts[: len(entry.class_counts)] += np.array(entry.class_counts, np.int64)  # of [] too, which is float64
     classes = len(counts) if sum(entry.labelled for entry in entries) > count / 2 else 0
     shards = [Shard(w, e.count, e.sha256, e.bytes) for w, e in zip(locations, entries, strict=True) if e.count]
     name = hashlib.sha256(json.dumps([shard.sha256 for shard in shards]).encode()).hexdigest()

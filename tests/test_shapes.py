@@ -9,7 +9,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from metric_fixtures import StandInLPIPS
+from metric_fixtures import StandInLPIPS, attributes_file
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import TEACHER, last_checkpoint
@@ -21,14 +21,18 @@ from hsrgan.engine.config import load_recipe
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics import generator_metrics, sampling
+from hsrgan.engine.metrics.als_pictures import small
+from hsrgan.engine.metrics.attributes import load_attributes
 from hsrgan.engine.metrics.extractor import load_extractor
 from hsrgan.engine.metrics.path_length import _seen
+from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, opaque
-from hsrgan.engine.snapshot import load_snapshot
+from hsrgan.engine.shard_sources import open_shards
+from hsrgan.engine.snapshot import load_snapshot, save_snapshot
 from hsrgan.engine.stats import read_log
 from hsrgan.engine.teacher import load_teacher
 from hsrgan.tools import eval as eval_tool
-from hsrgan.tools import pack, sample
+from hsrgan.tools import pack, sample, score_digits
 from hsrgan.tools.fit_teacher import read_images
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -341,3 +345,50 @@ def test_tensorboard_is_shown_no_alpha(tmp_path):
     shown = Image.open(io.BytesIO(event.encoded_image_string))
     assert shown.mode == "RGB" and len(shown.getcolors()) == 2
     assert Image.open(next((tmp_path / "samples").glob("*.png"))).mode == "RGBA"
+
+
+# ---- the other tools
+
+
+def test_rgba_shards_of_others_are_read(tmp_path):
+    """Listed one by one, without a manifest: size and channels are those of the images."""
+    manifest = packed(pictures(tmp_path / "src", 24, 16, 4, count=3), "--resolution", "24x16", "--channels", 4)
+    (manifest.root / "manifest.json").unlink()
+    found = open_shards(str(manifest.root), cache=tmp_path / "cache", quiet=True)
+    assert (found.resolution, found.channels, found.count) == ((24, 16), 4, 3)
+    assert next(open_stream(found, seed=0, start=0, global_batch=3))[0].shape == (3, 4, 24, 16)
+
+
+def made(path: Path, **changes) -> Path:
+    torch.manual_seed(0)
+    widths = {"z_dim": 8, "w_dim": 8, "mapping_layers": 1, "channel_base": 64, "channel_max": 8}
+    save_snapshot(path, Generator(**widths | changes), recipe_json="{}", kimg=1, dataset={})
+    return path
+
+
+def test_what_a_rectangle_or_alpha_cannot_be_scored_by_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
+    for changes, says in (
+        ({"img_resolution": [16, 24]}, "makes 16x24 (height x width) images of 3 channel(s); digits need a"),
+        ({"img_resolution": 16, "img_channels": 4}, "makes 16x16 images of 4 channel(s); digits need"),
+    ):
+        refused = run(score_digits.app, made(tmp_path / "a.safetensors", **changes))
+        assert refused.exit_code == 2 and refused.stderr.count("\n") == 1 and says in refused.stderr
+    flat = made(tmp_path / "b.safetensors", img_resolution=[8, 32])
+    refused = run(eval_tool.app, flat, "--metrics", "ppl2_wend10")
+    assert refused.exit_code == 2 and "makes images of 8 pixels and ppl2_wend10 needs 16" in refused.stderr
+
+
+def test_attributes_of_rgba_rectangles(tmp_path):
+    """ALS sees fakes over mid-grey; its strips keep a rectangle's proportions and show the alpha."""
+    file = attributes_file(tmp_path / "attributes.safetensors")
+    classifier, images = load_attributes(file), torch.rand(2, 4, 24, 16) * 2 - 1
+    assert torch.equal(classifier(images), classifier(over_grey(images)))
+    snapshot = made(tmp_path / "a.safetensors", img_resolution=[24, 16], img_channels=4)
+    options = ("--metrics", "als10", "--attributes", file, "--out", tmp_path / "r.jsonl")
+    (result,) = [json.loads(x) for x in succeeded(run(eval_tool.app, snapshot, *options)).splitlines() if x[0] == "{"]
+    assert result["protocol"]["alpha"] == "over mid-grey (127.5)"
+    strips = Image.open(tmp_path / "r_als10" / "als_strips_0.png")
+    assert strips.mode == "RGB" and strips.width == 11 * 16 * 2  # eleven frames, enlarged to 48x32
+    for size, shown in (((768, 512), (256, 170)), ((512, 768), (170, 256)), ((1024, 1024), (256, 256))):
+        assert small(torch.zeros(1, 4, *size, dtype=torch.uint8)).shape[2:] == shown

@@ -7,6 +7,8 @@
 | dinov2 | 1024 | bicubic to 224 | FD-DINOv2: ViT-L/14, class token |
 | timm:MODEL:FILE | the model's | bicubic to the model's | any timm backbone, pooled, before its classifier |
 | FILE.safetensors | the teacher's | area | a file of tools/fit_teacher.py, last map averaged |
+
+Rectangles are squeezed into the network's square, grey is repeated and RGBA lies over mid-grey, reals and fakes alike.
 """
 
 from __future__ import annotations
