@@ -21,7 +21,7 @@ from hsrgan.engine.config import load_recipe
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics import generator_metrics, sampling
-from hsrgan.engine.metrics.als_pictures import small
+from hsrgan.engine.metrics.als_pictures import CAPTION, draw_strips, small
 from hsrgan.engine.metrics.attributes import load_attributes
 from hsrgan.engine.metrics.extractor import load_extractor
 from hsrgan.engine.metrics.path_length import _seen
@@ -381,14 +381,12 @@ def test_what_a_rectangle_or_alpha_cannot_be_scored_by_is_one_line(tmp_path, mon
 
 def test_attributes_of_rgba_rectangles(tmp_path):
     """ALS sees fakes over mid-grey; its strips keep a rectangle's proportions and show the alpha."""
-    file = attributes_file(tmp_path / "attributes.safetensors")
-    classifier, images = load_attributes(file), torch.rand(2, 4, 24, 16) * 2 - 1
+    classifier = load_attributes(attributes_file(tmp_path / "attributes.safetensors"))
+    images = torch.rand(2, 4, 24, 16) * 2 - 1
     assert torch.equal(classifier(images), classifier(over_grey(images)))
-    snapshot = made(tmp_path / "a.safetensors", img_resolution=[24, 16], img_channels=4)
-    options = ("--metrics", "als10", "--attributes", file, "--out", tmp_path / "r.jsonl")
-    (result,) = [json.loads(x) for x in succeeded(run(eval_tool.app, snapshot, *options)).splitlines() if x[0] == "{"]
-    assert result["protocol"]["alpha"] == "over mid-grey (127.5)"
-    strips = Image.open(tmp_path / "r_als10" / "als_strips_0.png")
-    assert strips.mode == "RGB" and strips.width == 11 * 16 * 2  # eleven frames, enlarged to 48x32
+    draw_strips([("bent", torch.zeros(11, 4, 24, 16, dtype=torch.uint8))], tmp_path / "strips.png")
+    strips = Image.open(tmp_path / "strips.png")
+    assert strips.mode == "RGB" and strips.size == (11 * 16 * 2, 24 * 2 + CAPTION)  # enlarged to 48x32
+    assert {strips.getpixel((x, 60)) for x in range(64)} == {(102,) * 3, (153,) * 3}  # all clear: the checkerboard
     for size, shown in (((768, 512), (256, 170)), ((512, 768), (170, 256)), ((1024, 1024), (256, 256))):
         assert small(torch.zeros(1, 4, *size, dtype=torch.uint8)).shape[2:] == shown
