@@ -156,7 +156,7 @@ def _indexed(spec: str, locations: list[str], store: ShardCache, *, quiet: bool)
         entries = list(steps)
     images = Counter(tuple(entry.image) for entry in entries if entry.image)
     if not images:
-        raise UserError(f"{spec} holds no image of the formats {', '.join(IMAGE_FORMATS)} in 8-bit grey or colour")
+        raise UserError(f"{spec} holds no image of the formats {', '.join(IMAGE_FORMATS)} in 8-bit grey, RGB or RGBA")
     (image_format, width, height, channels), _ = images.most_common(1)[0]
     count = sum(entry.count for entry in entries)
     counts = np.zeros(max(len(entry.class_counts) for entry in entries), np.int64)
