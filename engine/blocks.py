@@ -1,4 +1,4 @@
-"""One resolution of G and of D (StyleGAN2, 1912.04958, figures 2 and 7), and D's end at 4×4.
+"""One resolution of G and of D (StyleGAN2, 1912.04958, figures 2 and 7), and D's end at the start block.
 
 A block's activations are half precision where it is given a `half_dtype`; its parameters are fp32 in any case.
 """
@@ -25,7 +25,7 @@ class SynthesisBlock(nn.Module):
         out_channels: int,
         *,
         w_dim: int,
-        resolution: int,
+        size: tuple[int, int],
         img_channels: int,
         conv_clamp: float | None,
         architecture: str,
@@ -36,9 +36,9 @@ class SynthesisBlock(nn.Module):
         self.half_dtype = half_dtype
         register_filter(self)
         residual = architecture == "resnet" and in_channels > 0
-        layer = {"w_dim": w_dim, "resolution": resolution}
+        layer = {"w_dim": w_dim, "size": size}
         if in_channels == 0:
-            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+            self.const = nn.Parameter(torch.randn(out_channels, *size))
             self.conv0 = None
         else:
             self.conv0 = SynthesisLayer(in_channels, out_channels, up=2, clamp=conv_clamp, **layer)
@@ -57,7 +57,7 @@ class SynthesisBlock(nn.Module):
     def forward(
         self, x: Tensor | None, image: Tensor | None, ws: Sequence[Tensor], noises: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """x [N, in, r/2, r/2], image [N, C, r/2, r/2] → the same at r. ws: one per convolution, then toRGB's."""
+        """x [N, in, h/2, w/2], image [N, C, h/2, w/2] → both h×w. ws: one per convolution, then toRGB's."""
         dtype = self.half_dtype or self.conv1.weight.dtype
         residual = None
         if x is None:
@@ -104,7 +104,7 @@ class DiscriminatorBlock(nn.Module):
         self.skip = Conv(channels, out_channels, 1, bias=False, down=2, gain=gain) if residual else None
 
     def forward(self, x: Tensor | None, img: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, C, r, r] (None at the top), img [N, img_channels, r, r] → x at r/2, and img at r/2 (`skip` only)."""
+        """x [N, C, h, w] (None at the top), img [N, img_channels, h, w] → x and (`skip` only) img at half the size."""
         dtype = self.half_dtype or self.conv0.weight.dtype
         if x is not None:
             x = x.to(dtype)
@@ -118,12 +118,13 @@ class DiscriminatorBlock(nn.Module):
 
 
 class DiscriminatorEpilogue(nn.Module):
-    """The 4×4 end of D, all fp32: minibatch std → 3×3 convolution → fully connected → logits."""
+    """The end of D at the start block's size, all fp32: minibatch std → 3×3 convolution → fully connected → logits."""
 
     def __init__(
         self,
         channels: int,
         *,
+        size: tuple[int, int],
         cmap_dim: int,
         img_channels: int,
         conv_clamp: float | None,
@@ -134,11 +135,11 @@ class DiscriminatorEpilogue(nn.Module):
         self.mbstd_group_size = mbstd_group_size
         self.fromrgb = Conv(img_channels, channels, 1) if architecture == "skip" else None
         self.conv = Conv(channels + 1, channels, 3, clamp=conv_clamp)
-        self.fc = Linear(channels * 16, channels, act="lrelu")
+        self.fc = Linear(channels * math.prod(size), channels, act="lrelu")
         self.out = Linear(channels, cmap_dim or 1)
 
     def forward(self, x: Tensor, img: Tensor, cmap: Tensor | None, parts: int) -> Tensor:
-        """x [N, C, 4, 4], img [N, img_channels, 4, 4] (`skip` only), cmap [N, cmap_dim] → logits [N, 1]."""
+        """x [N, C, h, w], img [N, img_channels, h, w] (`skip` only), cmap [N, cmap_dim] → logits [N, 1]."""
         dtype = self.fc.weight.dtype
         x = x.to(dtype)
         if self.fromrgb is not None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from hsrgan.engine.config_checks import inconsistencies, levels
+from hsrgan.engine.config_checks import inconsistencies
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.presets import PRESETS, preset_values
 from hsrgan.engine.recipe_file import (
@@ -42,6 +42,7 @@ from hsrgan.engine.sections import (
     Text,
     Whole,
 )
+from hsrgan.engine.sizes import block_sizes
 
 
 class Recipe(Section):
@@ -135,15 +136,17 @@ def _fill(source: Source, world_size: int) -> None:
         if source.values.get(name) is None:
             source.values[name] = {}
     resolution, batch, preset = (source.get(p) for p in (("data", "resolution"), ("batch",), ("preset",)))
-    if not _is_count(resolution):
-        resolution = 256    # missing or wrong: validation says so; until then any value does
+    try:
+        levels = len(block_sizes(resolution))
+    except UserError:       # missing or wrong: validation says so; until then any value does
+        resolution, levels = 256, 7
     if isinstance(preset, str) and preset in PRESETS:
         batch = batch if _is_count(batch) else None
         for key, value in preset_values(preset, resolution=resolution, world_size=world_size, batch=batch).items():
             source.set_default(tuple(key.split(".")), value)
     half = source.get(("precision",)) in ("fp16", "bf16")
     for network in ("generator", "discriminator"):
-        source.set_default((network, "num_fp16_res"), min(4, levels(resolution)))
+        source.set_default((network, "num_fp16_res"), min(4, levels))
         source.set_default((network, "conv_clamp"), 256.0 if half else None)
 
 

@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.recipe_file import KeyPath
-from hsrgan.engine.sections import MAX_RESOLUTION, Hsr, Metrics
+from hsrgan.engine.sections import Data, Hsr, Metrics
+from hsrgan.engine.sizes import block_sizes
 
 if TYPE_CHECKING:
     from hsrgan.engine.config import Recipe
 
 
-def levels(resolution: int) -> int:
-    """Resolutions of a network: 4, 8, … resolution."""
-    return max(resolution.bit_length() - 2, 0)
-
-
 def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, str]]:
     """What is wrong between keys that are each right alone."""
-    r = recipe.data.resolution
-    if r & (r - 1):
-        yield ("data", "resolution"), f"data.resolution is {r}, allowed: a power of two from 8 to {MAX_RESOLUTION}"
+    try:
+        blocks = list(block_sizes(recipe.data.resolution, "data.resolution"))
+    except UserError as error:
+        yield ("data", "resolution"), str(error)
         return      # the other checks count on it
+    r = blocks[-1]
     if (recipe.data.shards is None) == (recipe.data.builtin is None):
         have = "both are set" if recipe.data.shards else "neither is set"
         yield ("data",), f"give exactly one of data.shards and data.builtin, {have}"
+    if recipe.data.builtin:
+        yield from _builtin_inconsistencies(recipe.data)
     yield from _batch_inconsistencies(recipe, world_size)
     for name, network in (("generator", recipe.generator), ("discriminator", recipe.discriminator)):
-        if network.num_fp16_res > levels(r):
-            text = f"{name}.num_fp16_res is {network.num_fp16_res}, allowed at resolution {r}: 0 to {levels(r)}"
+        if network.num_fp16_res > len(blocks):
+            text = f"{name}.num_fp16_res is {network.num_fp16_res}, allowed at resolution {r}: 0 to {len(blocks)}"
             yield (name, "num_fp16_res"), text
         if network.channel_base < r:
             text = f"{name}.channel_base is {network.channel_base}, allowed at resolution {r}: {r} (1 channel) or more"
@@ -42,7 +42,7 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
         yield ("init_from",), text
     if recipe.freeze:
         per_block = {"orig": 2, "resnet": 3, "skip": 3}[recipe.discriminator.architecture]
-        layers = per_block * (levels(r) - 1) + (recipe.discriminator.architecture != "skip")  # fromrgb at the top only
+        layers = per_block * (len(blocks) - 1) + (recipe.discriminator.architecture != "skip")  # one fromrgb
         if recipe.freeze.d > layers:
             text = f"freeze.d is {recipe.freeze.d}, allowed for this discriminator: 0 to {layers}, its layers above 4×4"
             yield ("freeze", "d"), text
@@ -50,9 +50,17 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
     if len(set(power)) < len(power):
         yield ("ema", "power"), f"ema.power is {recipe.ema.power}, allowed: lengths that differ in three decimals"
     if recipe.hsr:
-        yield from _hsr_inconsistencies(recipe.hsr, r, recipe.kimg)
+        yield from _hsr_inconsistencies(recipe.hsr, blocks[1:], recipe.kimg)
     if recipe.metrics:
         yield from _metrics_inconsistencies(recipe.metrics)
+
+
+def _builtin_inconsistencies(data: Data) -> Iterator[tuple[KeyPath, str]]:
+    r = data.resolution
+    if not isinstance(r, int) or r & (r - 1):
+        yield ("data", "resolution"), f"data.resolution is {r}, allowed for the built-in digits: a power of two"
+    if data.channels == 4:
+        yield ("data", "channels"), "data.channels is 4, allowed for the built-in digits: 1 or 3"
 
 
 def _batch_inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, str]]:
@@ -81,8 +89,7 @@ def _batch_inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[Ke
             yield ("path_length", "batch_shrink"), text
 
 
-def _hsr_inconsistencies(hsr: Hsr, resolution: int, kimg: float) -> Iterator[tuple[KeyPath, str]]:
-    blocks = [2**i for i in range(3, resolution.bit_length())]
+def _hsr_inconsistencies(hsr: Hsr, blocks: list[int], kimg: float) -> Iterator[tuple[KeyPath, str]]:
     for r in hsr.layers:
         if r not in blocks:
             text = f"hsr.layers names resolution {r}, allowed in this network: {', '.join(map(str, blocks))}"

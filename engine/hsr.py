@@ -2,7 +2,7 @@
 
     L_HSR = Σ_r λ_r · mean[(Resize(P_r(f_r)) − φ_{l(r)}(G(w)))²]
 
-f_r [N, C_r, r, r] is block b{r} of the generator after conv1, φ the teacher's map, held constant, and Resize the area
+f_r [N, C_r, h, w] is block b{r} of the generator after conv1, φ the teacher's map, held constant, and Resize the area
 resize to the teacher's grid. The gradient reaches the heads P_r and f_r only.
 """
 
@@ -66,7 +66,7 @@ class HSRHeads(nn.Module):
 
     def loss(self, features: Mapping[int, Tensor], targets: Mapping[int, Tensor], *,
              weights: Mapping[int, float] | None = None, distance: str = "mse", detach: bool = False) -> Tensor:
-        """Σ_r λ_r · distance_r, a scalar.  features {r: [N, C_r, r, r]}, targets {r: [N, C_t, h, w]}.
+        """Σ_r λ_r · distance_r, a scalar.  features {r: [N, C_r, h, w]}, targets {r: [N, C_t, h, w]}.
 
         weights {r: λ_r}: 1 for a resolution not named.  distance "mse", or "cosine" (1 − cos over channels).
         detach: the control arm, whose heads learn while the generator feels nothing.

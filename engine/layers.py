@@ -139,18 +139,18 @@ class SynthesisLayer(nn.Module):
         out_channels: int,
         *,
         w_dim: int,
-        resolution: int,
+        size: tuple[int, int],
         up: int = 1,
         gain: float = 1.0,
         clamp: float | None = None,
     ) -> None:
         super().__init__()
-        self.resolution, self.up = resolution, up
+        self.up = up
         self.affine = Linear(w_dim, in_channels, bias_init=1)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.noise_strength = nn.Parameter(torch.zeros(1))
-        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+        self.register_buffer("noise_const", torch.randn(size))
         register_filter(self)
         self.act_gain = math.sqrt(2) * gain
         self.clamp = None if clamp is None else clamp * gain
@@ -203,7 +203,7 @@ class ToRGB(nn.Module):
     def forward(
         self, x: Tensor, w: Tensor, image: Tensor | None, taps: Tensor, tail: dict[str, Any] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x [N, in, r, r], w [N, w_dim], image [N, C, r/2, r/2] fp32 or None → image [N, C, r, r] fp32.
+        """x [N, in, h, w], w [N, w_dim], image [N, C, h/2, w/2] fp32 or None → image [N, C, h, w] fp32.
 
         tail: operands of the `bias_act` that is to make the features of x first → (features, image).
         """

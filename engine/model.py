@@ -1,8 +1,10 @@
 """The networks of StyleGAN2 (Karras et al. 2020, 1912.04958, and -ADA, 2006.06676): generator and discriminator.
 
 State-dict keys, shapes and constructor arguments are the published ones, so that published weights load with no
-mapping table. Parameters are fp32; with `half_dtype` the activations of the `num_fp16_res` highest resolutions
-(never below 8) are half precision. Nothing is cached between calls and no forward changes a parameter or a buffer.
+mapping table. Beyond them `img_resolution` may be any size of sizes.py; a block b{r} then has the true size that
+`block_sizes` says, and a resolution r is that block's name. Parameters are fp32; with `half_dtype` the activations of
+the `num_fp16_res` highest resolutions (never below 8) are half precision. Nothing is cached between calls and no
+forward changes a parameter or a buffer.
 """
 
 from __future__ import annotations
@@ -16,16 +18,10 @@ from hsrgan.engine.blocks import DiscriminatorBlock, DiscriminatorEpilogue, Synt
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.layers import Linear, normalize_2nd_moment
 from hsrgan.engine.pretrained import Pretrained
+from hsrgan.engine.sizes import Resolution, block_sizes, plain
 
 ARCHITECTURES = ("skip", "orig", "resnet")
 NOISE_MODES = ("random", "const", "none")
-
-
-def _resolutions(img_resolution: int) -> list[int]:
-    """[4, 8, …, img_resolution]."""
-    if img_resolution < 8 or img_resolution & (img_resolution - 1):
-        raise UserError(f"img_resolution is {img_resolution}, but must be a power of two, 8 or more")
-    return [2**i for i in range(2, img_resolution.bit_length())]
 
 
 def _channels(resolution: int, channel_base: int, channel_max: int) -> int:
@@ -35,9 +31,9 @@ def _channels(resolution: int, channel_base: int, channel_max: int) -> int:
     return channels
 
 
-def _half_from(img_resolution: int, num_fp16_res: int) -> int:
-    """The lowest resolution that computes in half precision."""
-    return max(2 * img_resolution >> num_fp16_res, 8)
+def _half_from(top: int, num_fp16_res: int) -> int:
+    """The lowest block that computes in half precision."""
+    return max(2 * top >> num_fp16_res, 8)
 
 
 def _check_architecture(name: str) -> None:
@@ -106,12 +102,12 @@ class Mapping(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """Synthesis network: ws [N, num_ws, w_dim] → image [N, img_channels, img_resolution, img_resolution], fp32."""
+    """Synthesis network: ws [N, num_ws, w_dim] → image [N, img_channels, H, W], fp32."""
 
     def __init__(
         self,
         w_dim: int,
-        img_resolution: int,
+        img_resolution: Resolution,
         img_channels: int,
         *,
         channel_base: int,
@@ -123,29 +119,30 @@ class Synthesis(nn.Module):
     ) -> None:
         super().__init__()
         _check_architecture(architecture)
-        self.w_dim, self.img_resolution = w_dim, img_resolution
-        self.resolutions = _resolutions(img_resolution)
-        self.num_ws = 2 * len(self.resolutions)
-        half_from = _half_from(img_resolution, num_fp16_res)
+        self.w_dim = w_dim
+        sizes = block_sizes(img_resolution)
+        self.resolutions = list(sizes)
+        self.num_ws = 2 * len(sizes)
+        half_from = _half_from(self.resolutions[-1], num_fp16_res)
         self.channels: dict[int, int] = {}  # of block b{r}'s features
         in_channels = 0
-        for r in self.resolutions:
+        for r, size in sizes.items():
             out_channels = self.channels[r] = _channels(r, channel_base, channel_max)
             block = SynthesisBlock(
                 in_channels,
                 out_channels,
                 w_dim=w_dim,
-                resolution=r,
+                size=size,
                 img_channels=img_channels,
                 conv_clamp=conv_clamp,
                 architecture=architecture,
-                is_last=r == img_resolution,
+                is_last=r == self.resolutions[-1],
                 half_dtype=half_dtype if r >= half_from else None,
             )
             self.add_module(f"b{r}", block)
             in_channels = out_channels
-        self.noise_resolutions = [4, *(r for r in self.resolutions[1:] for _ in range(2))]
-        self.noise_size = sum(r * r for r in self.noise_resolutions)  # values per sample
+        self.noise_sizes = [sizes[4], *(sizes[r] for r in self.resolutions[1:] for _ in range(2))]
+        self.noise_size = sum(h * w for h, w in self.noise_sizes)  # values per sample
 
     def forward(
         self,
@@ -155,7 +152,7 @@ class Synthesis(nn.Module):
         noise_mode: str = "random",
         return_features: Sequence[int] = (),
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
-        """Image, or (image, {r: output of block b{r} [N, C_r, r, r] fp32}) where `return_features` names resolutions.
+        """Image, or (image, {r: output of block b{r} [N, C_r, h, w] fp32}) where `return_features` names resolutions.
 
         noise: flat [N, noise_size], the noise of b4.conv1, b8.conv0, b8.conv1, … row by row, used in place of a draw
         in noise_mode "random". A sample's image depends on its own rows of ws and noise only.
@@ -185,7 +182,7 @@ class Synthesis(nn.Module):
     def _noises(
         self, n: int, noise: Tensor | None, mode: str, device: torch.device, dtype: torch.dtype
     ) -> list[Tensor | None]:
-        """The noise of each layer in order, [n or 1, 1, r, r] or None."""
+        """The noise of each layer in order, [n or 1, 1, h, w] or None."""
         if mode not in NOISE_MODES:
             raise ValueError(f"noise_mode is {mode!r}, but must be one of {', '.join(NOISE_MODES)}")
         if noise is not None and (mode != "random" or noise.shape != (n, self.noise_size)):
@@ -194,22 +191,23 @@ class Synthesis(nn.Module):
                 f"got {_shape(noise)} with {mode!r}"
             )
         if mode == "none":
-            return [None] * len(self.noise_resolutions)
+            return [None] * len(self.noise_sizes)
         if mode == "const":
             layers = (layer for r in self.resolutions for layer in getattr(self, f"b{r}").layers)
             return [layer.noise_const[None, None] for layer in layers]
         if noise is None:
             noise = torch.randn(n, self.noise_size, device=device, dtype=dtype)
-        rows = noise.to(dtype).split([r * r for r in self.noise_resolutions], dim=1)
-        return [row.unflatten(1, (1, r, r)) for row, r in zip(rows, self.noise_resolutions, strict=True)]
+        rows = noise.to(dtype).split([h * w for h, w in self.noise_sizes], dim=1)
+        return [row.unflatten(1, (1, *size)) for row, size in zip(rows, self.noise_sizes, strict=True)]
 
 
 class Generator(Pretrained, nn.Module):
     """StyleGAN2's generator: `mapping` and `synthesis`.
 
-    half_dtype None computes in fp32 throughout; `conv_clamp` acts in every dtype unless None. `init_kwargs` holds all
-    arguments but half_dtype, JSON-able: weights are fp32 and independent of the precision they were trained with.
-    `from_pretrained` loads a folder that tools/export.py wrote.
+    img_resolution: an int, or [height, width]; `img_shape` is (C, H, W). half_dtype None computes in fp32 throughout;
+    `conv_clamp` acts in every dtype unless None. `init_kwargs` holds all arguments but half_dtype, JSON-able: weights
+    are fp32 and independent of the precision they were trained with. `from_pretrained` loads a folder that
+    tools/export.py wrote.
     """
 
     def __init__(
@@ -217,7 +215,7 @@ class Generator(Pretrained, nn.Module):
         z_dim: int = 512,
         c_dim: int = 0,
         w_dim: int = 512,
-        img_resolution: int = 256,
+        img_resolution: Resolution = 256,
         img_channels: int = 3,
         *,
         mapping_layers: int = 8,
@@ -230,7 +228,7 @@ class Generator(Pretrained, nn.Module):
     ) -> None:
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
-        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.img_resolution, self.img_channels = plain(img_resolution), img_channels
         of_synthesis = {
             "channel_base": channel_base,
             "channel_max": channel_max,
@@ -242,13 +240,14 @@ class Generator(Pretrained, nn.Module):
             "z_dim": z_dim,
             "c_dim": c_dim,
             "w_dim": w_dim,
-            "img_resolution": img_resolution,
+            "img_resolution": self.img_resolution,
             "img_channels": img_channels,
             "mapping_layers": mapping_layers,
             **of_synthesis,
         }
         self.synthesis = Synthesis(w_dim, img_resolution, img_channels, half_dtype=half_dtype, **of_synthesis)
         self.num_ws = self.synthesis.num_ws
+        self.img_shape = (img_channels, *self.synthesis.noise_sizes[-1])
         self.mapping = Mapping(z_dim, c_dim, w_dim, self.num_ws, mapping_layers)
 
     def forward(
@@ -261,13 +260,13 @@ class Generator(Pretrained, nn.Module):
         noise_mode: str = "random",
         noise: Tensor | None = None,
     ) -> Tensor:
-        """z [N, z_dim], c [N, c_dim] → image [N, img_channels, img_resolution, img_resolution] fp32, about [−1, 1]."""
+        """z [N, z_dim], c [N, c_dim] → image [N, *img_shape] fp32, about [−1, 1]."""
         ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
         return self.synthesis(ws, noise=noise, noise_mode=noise_mode)
 
 
 class Discriminator(nn.Module):
-    """StyleGAN2's discriminator: image [N, img_channels, R, R], labels [N, c_dim] → logits [N, 1], fp32.
+    """StyleGAN2's discriminator: image [N, *img_shape], labels [N, c_dim] → logits [N, 1], fp32.
 
     Conditional logits are projections on the mapped label (Miyato & Koyama, 1802.05637).
     """
@@ -275,7 +274,7 @@ class Discriminator(nn.Module):
     def __init__(
         self,
         c_dim: int = 0,
-        img_resolution: int = 256,
+        img_resolution: Resolution = 256,
         img_channels: int = 3,
         *,
         channel_base: int = 32768,
@@ -289,15 +288,18 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         _check_architecture(architecture)
-        self.c_dim, self.img_resolution, self.img_channels = c_dim, img_resolution, img_channels
-        self.resolutions = _resolutions(img_resolution)[:0:-1]  # downwards, without 4
-        half_from = _half_from(img_resolution, num_fp16_res)
+        sizes = block_sizes(img_resolution)
+        self.c_dim, self.img_resolution, self.img_channels = c_dim, plain(img_resolution), img_channels
+        self.resolutions = [*sizes][:0:-1]  # downwards, without 4
+        top = self.resolutions[0]
+        self.img_shape = (img_channels, *sizes[top])
+        half_from = _half_from(top, num_fp16_res)
         common = {"img_channels": img_channels, "conv_clamp": conv_clamp, "architecture": architecture}
         for r in self.resolutions:
             block = DiscriminatorBlock(
                 _channels(r, channel_base, channel_max),
                 _channels(r // 2, channel_base, channel_max),
-                is_first=r == img_resolution,
+                is_first=r == top,
                 half_dtype=half_dtype if r >= half_from else None,
                 **common,
             )
@@ -305,16 +307,17 @@ class Discriminator(nn.Module):
         channels = _channels(4, channel_base, channel_max)
         cmap_dim = channels if c_dim > 0 else 0
         self.mapping = Mapping(0, c_dim, cmap_dim, None, mapping_layers) if c_dim > 0 else None
-        self.b4 = DiscriminatorEpilogue(channels, cmap_dim=cmap_dim, mbstd_group_size=mbstd_group_size, **common)
+        self.b4 = DiscriminatorEpilogue(
+            channels, size=sizes[4], cmap_dim=cmap_dim, mbstd_group_size=mbstd_group_size, **common
+        )
 
     def forward(self, img: Tensor, c: Tensor | None = None, parts: int = 1) -> Tensor:
         """`parts` batches of equal length, one after another in img and c, are scored as if each came alone.
 
         Raises ValueError for an image or labels of another shape, or a batch that minibatch std cannot group.
         """
-        size = (self.img_channels, self.img_resolution, self.img_resolution)
-        if img.ndim != 4 or img.shape[1:] != size:
-            raise ValueError(f"img must be [N, {', '.join(map(str, size))}], got {_shape(img)}")
+        if img.ndim != 4 or img.shape[1:] != self.img_shape:
+            raise ValueError(f"img must be [N, {', '.join(map(str, self.img_shape))}], got {_shape(img)}")
         _check_labels(c, self.c_dim)
         img = img.to(memory_format=torch.channels_last)
         x = None

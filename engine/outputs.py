@@ -15,6 +15,7 @@ from hsrgan.engine.model import Generator
 from hsrgan.engine.phases import Training
 from hsrgan.engine.power_ema import part_name
 from hsrgan.engine.shards import Manifest
+from hsrgan.engine.sizes import plain
 from hsrgan.engine.snapshot import save_snapshot
 
 PICTURES = 64  # images in a grid
@@ -64,7 +65,7 @@ class Outputs:
         raise UserError(f"{diverged}; {why}: lower generator.lr and discriminator.lr or raise r1.gamma, and resume")
 
     def pictures(self) -> torch.Tensor:
-        """Samples of the averaged G from the run's fixed latents, [PICTURES, C, R, R] in [−1, 1]."""
+        """Samples of the averaged G from the run's fixed latents, [PICTURES, C, H, W] in [−1, 1]."""
         latents = self.t.draws.latents(GRID_STREAM, range(PICTURES), self.g_ema.z_dim)
         with torch.no_grad():
             return torch.cat(
@@ -104,7 +105,8 @@ class Outputs:
     ) -> None:
         if self.t.world.first:
             manifest, recipe = self.manifest, self.t.recipe.to_json()
-            facts = {"resolution": manifest.resolution, "class_names": manifest.class_names, "sha256": manifest.sha256}
+            facts = {"class_names": manifest.class_names, "sha256": manifest.sha256}
+            facts["resolution"] = plain(manifest.resolution)
             with writable(path.parent):
                 path.parent.mkdir(exist_ok=True)
             save_snapshot(

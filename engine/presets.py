@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from hsrgan.engine.sizes import Resolution, block_sizes
+
 
 class _Row(NamedTuple):
     kimg: int                # thousands of real images
@@ -32,8 +34,13 @@ _PUBLISHED = {  # all made on 8 GPUs, cifar on 2
 PRESETS = (*_PUBLISHED, "auto")
 
 
-def _auto(resolution: int, world_size: int, batch: int | None) -> _Row:
-    """The heuristic for any resolution and GPU count; the formulas in the batch use the user's when it is set."""
+def _auto(size: Resolution, world_size: int, batch: int | None) -> _Row:
+    """The heuristic for any size and GPU count; the formulas in the batch use the user's when it is set.
+
+    gamma is proportional to a square's pixels, so a rectangle's count: resolution² is height·width. Batch, width and lr
+    depend on how deep the networks are, so there resolution is the top block's name, 512 for 512×768.
+    """
+    resolution, (height, width) = max(block_sizes(size).items())
     if batch is None:
         batch = max(min(world_size * min(4096 // resolution, 32), 64), world_size)
     return _Row(
@@ -42,17 +49,18 @@ def _auto(resolution: int, world_size: int, batch: int | None) -> _Row:
         mbstd=max(min(batch // world_size, 4), 1),
         fmaps=1 if resolution >= 512 else 0.5,
         lr=0.002 if resolution >= 1024 else 0.0025,
-        gamma=0.0002 * resolution**2 / batch,
+        gamma=0.0002 * (height * width) / batch,
         ema_kimg=batch * 10 / 32,
         rampup=0.05,
         mapping_layers=2,
     )
 
 
-def preset_values(name: str, *, resolution: int, world_size: int, batch: int | None = None) -> dict[str, Any]:
+def preset_values(name: str, *, resolution: Resolution, world_size: int, batch: int | None = None) -> dict[str, Any]:
     """Dotted recipe key → value of the preset `name` (one of PRESETS).
 
-    `resolution` (pixels), `world_size` (ranks) and `batch` (global; None: not set by the user) matter to `auto` only.
+    `resolution` (a size of sizes.py), `world_size` (ranks) and `batch` (global; None: not set by the user) matter to
+    `auto` only.
     """
     row = _auto(resolution, world_size, batch) if name == "auto" else _PUBLISHED[name]
     values = {

@@ -298,8 +298,8 @@ def type_problem(model: type[BaseModel], path: KeyPath, value: Any, kind: str) -
             path = path[:depth]
             break
         else:
-            *key_type, value_type = get_args(_unwrap(annotation)[0])  # of a dict; a list has values only
-            annotation, metadata, description = (key_type[0] if kind == "key" else value_type), (), None
+            key_type, value_type = get_args(_unwrap(annotation)[0])
+            annotation, metadata, description = (key_type if kind == "key" else value_type), (), None
     what = description or allowed(annotation, metadata)
     name = dotted(path)
     if kind == "missing":

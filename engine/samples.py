@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image
 
 from hsrgan.engine.shards import Manifest
+from hsrgan.engine.sizes import in_words
 from hsrgan.engine.tar_index import read_fragment
 
 PIL_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-_MODES = {1: "L", 3: "RGB"}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class BadSample(Exception):
@@ -34,7 +35,10 @@ def decode(fragment: bytes, manifest: Manifest) -> tuple[np.ndarray, int]:
         raise BadSample(f"is no whole {manifest.image_format} image ({error})") from None
     height, width = manifest.resolution
     if image.size != (width, height):
-        raise BadSample(f"is {image.width}x{image.height}, its manifest says {width}x{height}")
+        found = in_words((image.height, image.width))
+        raise BadSample(f"is {found}, its manifest says {in_words(manifest.resolution)}")
+    if manifest.channels == 4 and image.mode == "RGB":  # as WebP stores what is opaque throughout
+        image = image.convert("RGBA")
     if image.mode != _MODES[manifest.channels]:
         raise BadSample(f"is a {image.mode} image, its manifest says {manifest.channels} channel(s)")
     label = -1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+
+from hsrgan.engine.sizes import MAX_RESOLUTION, plain
 
 Whole = Annotated[int, Field(ge=1)]
 WholeOrZero = Annotated[int, Field(ge=0)]
@@ -15,7 +17,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 NOT_EMPTY = "text that is not empty"
-MAX_RESOLUTION = 4096
 
 
 class Section(BaseModel):
@@ -29,8 +30,10 @@ class Data(Section):
 
     shards: Annotated[Text, Field(description=NOT_EMPTY)] | None = None   # what it may say: engine/shard_sources.py
     builtin: Literal["digits"] | None = None        # scikit-learn's digits, packed on first use
-    resolution: int = Field(ge=8, le=MAX_RESOLUTION, description=f"a power of two from 8 to {MAX_RESOLUTION}")
-    channels: Literal[1, 3] = 3                     # grey or RGB
+    resolution: Annotated[Any, PlainValidator(plain)] = Field(     # what may stand here: engine/sizes.py
+        description=f"a side in pixels or [height, width], up to {MAX_RESOLUTION}"
+    )
+    channels: Literal[1, 3, 4] = 3                  # grey, RGB or RGBA with straight alpha
     mirror: bool = False                            # x-flips, half of the time
     labels: bool = False                            # train conditionally on the manifest's classes
     workers: WholeOrZero = 2                        # loader processes per rank

@@ -35,11 +35,12 @@ from hsrgan.engine.aside import writable, written_aside
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.shard_cache import GB, ShardCache, claimed
 from hsrgan.engine.shards import IMAGE_FORMATS, MANIFEST, Manifest, Shard, load_manifest, parse_manifest
+from hsrgan.engine.sizes import in_words
 from hsrgan.engine.tar_index import sample_offsets
 from hsrgan.engine.transport import CHUNK, check_scheme, fetch_text, scheme_of
 
 MOST_CLASSES = 100_000  # a larger number in a .cls is not taken for a class
-_CHANNELS = {"L": 1, "RGB": 3}
+_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _THREADS = 8  # shards that are indexed at a time
 
 
@@ -155,17 +156,18 @@ def _indexed(spec: str, locations: list[str], store: ShardCache, *, quiet: bool)
         entries = list(steps)
     images = Counter(tuple(entry.image) for entry in entries if entry.image)
     if not images:
-        raise UserError(f"{spec} holds no image of the formats {', '.join(IMAGE_FORMATS)} in 8-bit grey or colour")
+        raise UserError(f"{spec} holds no image of the formats {', '.join(IMAGE_FORMATS)} in 8-bit grey, RGB or RGBA")
     (image_format, width, height, channels), _ = images.most_common(1)[0]
     count = sum(entry.count for entry in entries)
     counts = np.zeros(max(len(entry.class_counts) for entry in entries), np.int64)
     for entry in entries:
-        counts[: len(entry.class_counts)] += entry.class_counts
+        counts[: len(entry.class_counts)] += np.array(entry.class_counts, np.int64)  # of [] too, which is float64
     classes = len(counts) if sum(entry.labelled for entry in entries) > count / 2 else 0
     shards = [Shard(w, e.count, e.sha256, e.bytes) for w, e in zip(locations, entries, strict=True) if e.count]
     name = hashlib.sha256(json.dumps([shard.sha256 for shard in shards]).encode()).hexdigest()
     console.print(
-        f"{spec}: {len(shards)} shards, {count} samples, {width}x{height} {image_format}, {classes or 'no'} classes",
+        f"{spec}: {len(shards)} shards, {count} samples of {in_words((height, width))}, {image_format}, "
+        f"{classes or 'no'} classes",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     return Manifest(

@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.sizes import Resolution, in_words, plain, sides
 
 if TYPE_CHECKING:
     from hsrgan.engine.shard_cache import ShardCache
@@ -55,8 +56,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set holds. `resolution` is (height, width); `num_classes` is 0 without labels; `sha256` is that of
-    the manifest file itself and names the data set.
+    """What a data set holds. `resolution` is (height, width), in the file as `sizes.plain` has it; `num_classes` is 0
+    without labels; `sha256` is that of the manifest file itself and names the data set.
 
     root     folder of the shards, or its URL; for shards listed one by one, the list as the user wrote it
     index    folder of `<sha256>.npy`, the offsets of shards that are listed one by one, whose names are then complete
@@ -91,13 +92,13 @@ class Manifest:
         """Of a shard on this machine."""
         return self.index / f"{shard.sha256}.npy" if self.index is not None else self.root / shard.offsets_name
 
-    def expect(self, *, resolution: int, channels: int, labels: bool) -> None:
+    def expect(self, *, resolution: Resolution, channels: int, labels: bool) -> None:
         """Raise `UserError` unless these shards are what a recipe asks for."""
-        height, width = self.resolution
-        if (height, width) != (resolution, resolution):
+        if self.resolution != sides(resolution):
+            option = "x".join(map(str, dict.fromkeys(sides(resolution))))
             raise UserError(
-                f"{self.root} holds {width}x{height} images but data.resolution is {resolution}: "
-                f"pack with tools/pack.py --resolution {resolution}, or set data.resolution to that of the shards"
+                f"{self.root} holds {in_words(self.resolution)} images but data.resolution is {plain(resolution)}: "
+                f"pack with tools/pack.py --resolution {option}, or set data.resolution={plain(self.resolution)}"
             )
         if self.channels != channels:
             raise UserError(
@@ -140,10 +141,9 @@ def _parse(raw: bytes, root: Path | str) -> Manifest:
     if data["format"] != FORMAT:
         raise ValueError(f"format {data['format']!r} is not {FORMAT!r}")
     labels = data["labels"]
-    height, width = data["resolution"]
     manifest = Manifest(
         root=root,
-        resolution=(int(height), int(width)),
+        resolution=sides(data["resolution"], "resolution"),
         channels=int(data["channels"]),
         count=int(data["count"]),
         image_format=data["encoding"]["format"],
@@ -245,7 +245,7 @@ def _sync_and_close(file: IO) -> None:
 class ShardWriter:
     """Write encoded images as shards, in the order given, and the manifest at the end. A context manager.
 
-    resolution   (height, width) of every image; channels 1 or 3. Both are recorded, not checked.
+    resolution   (height, width) of every image; channels 1, 3 or 4. Both are recorded, not checked.
     image_format png, jpg or webp: how the images given to `add` are encoded; `quality` is recorded beside it.
     class_names  one name a class, or () for no labels.
     shard_size   images per shard.
@@ -350,7 +350,7 @@ def write_manifest(
     manifest = {
         "format": FORMAT,
         "source": source,
-        "resolution": list(resolution),
+        "resolution": plain(resolution),
         "channels": channels,
         "encoding": {"format": image_format, "quality": quality},
         "count": sum(shard.count for shard in shards),

@@ -21,7 +21,7 @@ from hsrgan.engine.aside import writable, written_aside
 from hsrgan.engine.board import Board
 from hsrgan.engine.curves import draw_curves
 from hsrgan.engine.errors import CannotWrite
-from hsrgan.engine.pictures import image_grid, save_png
+from hsrgan.engine.pictures import image_grid, opaque, save_png
 
 REDRAW_SECONDS = 0.5  # the progress line
 RATE_SECONDS = 60.0  # the window behind "img/s" and the ETA
@@ -152,13 +152,15 @@ class RunLog:
             save_png(image_grid(images), self.run_dir / "reals.png")
 
     def fakes(self, images: Tensor, kimg: float) -> None:
-        """Write samples/fakes-<kimg>.png and the same grid to TensorBoard. Runs under 100 kimg name tenths."""
+        """Write samples/fakes-<kimg>.png and the same grid, without alpha, to TensorBoard. Runs under 100 kimg name
+        tenths.
+        """
         if not self._active:
             return
         stamp = f"{kimg:08.1f}" if self._total_images < 100_000 else f"{round(kimg):06d}"
         save_png(image_grid(images), self.run_dir / "samples" / f"fakes-{stamp}.png")
         with writable(self.run_dir / "tensorboard"):
-            self._board.image("fakes", np.asarray(image_grid(images, scale=1)), round(kimg * 1000))
+            self._board.image("fakes", np.asarray(opaque(image_grid(images, scale=1))), round(kimg * 1000))
 
     def step(self, images_seen: int) -> None:
         """Note that `images_seen` images are done, and move the progress line at most twice a second."""

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.tensor_files import misfit, one_line, read_safetensors, read_state_dict
 
@@ -86,10 +87,13 @@ class Teacher(nn.Module):
     def forward(self, img: Tensor) -> dict[int, Tensor]:
         """img [N, C, H, W] in [−1, 1], any size, C = 1 or the teacher's → {r: [N, C_t, h, w]}; no gradient passes.
 
-        Area-resized (adaptive average pooling) to input_size. Token models give their patch tokens, without class or
+        C = 4 lies over mid-grey for a teacher of three. Area-resized (adaptive average pooling) to input_size, which
+        squeezes a rectangle into a teacher's square. Token models give their patch tokens, without class or
         register tokens, after the network's final norm; convolutional ones their map, normed where such a norm exists.
         """
         x = img.to(self.scale.dtype)
+        if x.shape[1] != self.scale.shape[1]:
+            x = over_grey(x)
         if x.shape[2:] != self.input_size:
             x = F.adaptive_avg_pool2d(x, self.input_size)
         if x.shape[1] not in (1, self.scale.shape[1]):

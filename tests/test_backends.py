@@ -24,10 +24,15 @@ def small_networks():
     return build(8)
 
 
-def build(size):
+@pytest.fixture(scope="module")
+def rectangles():
+    return build([12, 8], 4)
+
+
+def build(size, channels=3):
     torch.manual_seed(0)
-    g = Generator(6, 0, 6, size, 3, **WIDTHS, conv_clamp=0.8).double()
-    d = Discriminator(0, size, 3, **WIDTHS, mbstd_group_size=2, conv_clamp=2.0).double()
+    g = Generator(6, 0, 6, size, channels, **WIDTHS, conv_clamp=0.8).double()
+    d = Discriminator(0, size, channels, **WIDTHS, mbstd_group_size=2, conv_clamp=2.0).double()
     heads = HSRHeads({8: g.synthesis.channels[8]}, {8: 5}, hidden=6).double()
     with torch.no_grad():
         for p in [*g.parameters(), *d.parameters()]:
@@ -58,7 +63,7 @@ def r1(g, d, heads, z, noise, reals):
 
 @pytest.mark.parametrize("phase", [g_main, path_length, d_main, r1], ids=lambda phase: phase.__name__)
 def test_every_phase_has_the_gradients_of_pytorch(networks, phase, monkeypatch):
-    launched = equal_on_both_backends(networks, phase, 16, monkeypatch)
+    launched = equal_on_both_backends(networks, phase, monkeypatch)
     # each block of G ends in one pass, forward and backward; to_rgb's own kernels make second derivatives at most
     blocks = len(networks[0].synthesis.resolutions) if phase in (g_main, path_length) else 0
     assert launched["bias_act_to_rgb_triton.forward"] == launched["bias_act_to_rgb_triton.gradient"] == blocks
@@ -68,17 +73,28 @@ def test_every_phase_has_the_gradients_of_pytorch(networks, phase, monkeypatch):
 @pytest.mark.parametrize("phase", [g_main, path_length, r1], ids=lambda phase: phase.__name__)
 def test_every_phase_has_the_gradients_of_pytorch_with_the_gemm(small_networks, phase, monkeypatch):
     with kernels.use_convolution("gemm"):
-        launched = equal_on_both_backends(small_networks, phase, 8, monkeypatch)
+        launched = equal_on_both_backends(small_networks, phase, monkeypatch)
     assert launched["conv_gemm_triton.conv_gemm"] > 0 and launched["conv_wgrad_triton.wgrad_kernel"] > 0
     assert launched["bias_act_to_rgb_triton.forward"] == 0  # the GEMM writes conv1's features finished
 
 
-def equal_on_both_backends(networks, phase, size, monkeypatch):
+@pytest.mark.parametrize(
+    ("phase", "convolution"), [(g_main, "gemm"), (path_length, "library"), (r1, "gemm")],
+    ids=lambda value: getattr(value, "__name__", value),
+)  # fmt: skip
+def test_rectangles_of_four_channels_have_the_gradients_of_pytorch(rectangles, phase, convolution, monkeypatch):
+    """12×8 from a start block of 6×4: HSR's head reads 12×8, to_rgb and fromrgb have an alpha beside the colours."""
+    with kernels.use_convolution(convolution):
+        launched = equal_on_both_backends(rectangles, phase, monkeypatch)
+    assert (launched["conv_gemm_triton.conv_gemm"] > 0) == (convolution == "gemm")
+
+
+def equal_on_both_backends(networks, phase, monkeypatch):
     """Compare loss and gradients; how often each kernel was launched."""
     g, d, heads = networks
     torch.manual_seed(1)
     z, noise = torch.randn(2, 6).double(), torch.randn(2, g.synthesis.noise_size).double()
-    reals = torch.randn(2, 3, size, size).double()
+    reals = torch.randn(2, *g.img_shape).double()
     found, launched = [], Counter()
 
     def counted(kernel, *arguments, **options):

@@ -19,6 +19,7 @@ from hsrgan.engine.config import (
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.presets import PRESETS
 from hsrgan.engine.recipe_file import dotted, leaves
+from hsrgan.engine.sizes import RULE
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SHIPPED = ["afhq_512", "church_256", "cifar10", "ffhq_1024", "ffhq_256", "ffhq_256_baseline", "quickstart"]
@@ -312,12 +313,38 @@ MISTAKES = {
         (), ["batch={"], 1, "override 'batch={': not valid YAML: expected the node content, but found '<stream end>'",
     ),
     "resolution": (
-        (), ["data.resolution=48"], 1,
-        "override data.resolution=48: data.resolution is 48, allowed: a power of two from 8 to 4096",
+        (), ["data.resolution=100"], 1,
+        f"override data.resolution=100: data.resolution is 100, allowed: {RULE}; the nearest: 104 and 96",
     ),
     "small resolution": (
         (), ["data.resolution=4"], 1,
-        "override data.resolution=4: data.resolution is 4, allowed: a power of two from 8 to 4096",
+        f"override data.resolution=4: data.resolution is 4, allowed: {RULE}; the nearest: 8 and 10",
+    ),
+    "rectangle": (
+        (), ["data.resolution=[500, 700]"], 1,
+        f"override data.resolution=[500, 700]: data.resolution is [500, 700], allowed: {RULE}; "
+        "the nearest: [512, 704] and [512, 640]",
+    ),
+    "rectangle of three": (
+        (), ["data.resolution=[8, 8, 8]"], 1,
+        "override data.resolution=[8, 8, 8]: data.resolution is a list, allowed: a side in pixels or "
+        "[height, width], up to 4096",
+    ),
+    "rectangular digits": (
+        (), ["data.resolution=[16, 24]"], 1,
+        "override data.resolution=[16, 24]: data.resolution is [16, 24], allowed for the built-in digits: "
+        "a power of two",
+    ),
+    "digits with alpha": (
+        (), ["data.channels=4"], 1,
+        "override data.channels=4: data.channels is 4, allowed for the built-in digits: 1 or 3",
+    ),
+    "no such channels": (
+        (), ["data.channels=2"], 1, "override data.channels=2: data.channels is 2, allowed: 1 or 3 or 4",
+    ),
+    "half blocks of a rectangle": (
+        ("builtin: digits", "shards: x"), ["data.resolution=[16, 24]", "generator.num_fp16_res=4"], 1,
+        "override generator.num_fp16_res=4: generator.num_fp16_res is 4, allowed at resolution 16: 0 to 3",
     ),
     "no data": (
         (), ["data.builtin=null"], 1, "r.yaml line 4: give exactly one of data.shards and data.builtin, neither is set",
@@ -373,7 +400,8 @@ MISTAKES = {
     ),
     "a name that is none": (
         (), ["freeze.names=[D.b8.*, 3]"], 1,
-        "override freeze.names=[D.b8.*, 3]: freeze.names.1 is 3, allowed: text",
+        "override freeze.names=[D.b8.*, 3]: freeze.names is 3, allowed: a list of patterns of parameter names, "
+        "as [G.mapping.fc0.*, 'D.b16.*']",
     ),
     "layer of no block": (
         (), ["hsr.layers.64=0"], 1,

@@ -273,7 +273,7 @@ def test_bad_data_is_one_clear_line(own, damage, workers):
 
 def test_expect_names_the_recipe_key_and_the_remedy(manifest, tmp_path):
     manifest.expect(resolution=4, channels=3, labels=True)
-    with pytest.raises(UserError, match=r"4x4 .*data\.resolution is 8.*--resolution 8"):
+    with pytest.raises(UserError, match=r"4x4 .*data\.resolution is 8.*--resolution 8, or set data\.resolution=4"):
         manifest.expect(resolution=8, channels=3, labels=False)
     with pytest.raises(UserError, match=r"3 channel.*data\.channels is 1.*--channels 1"):
         manifest.expect(resolution=4, channels=1, labels=False)

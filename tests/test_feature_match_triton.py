@@ -86,6 +86,8 @@ GRIDS = {
     "rows shrink, columns grow": ((9, 6), (4, 12)),
     "70→37": ((2, 70), (2, 37)),
     "150→2": ((3, 150), (1, 2)),
+    "6×4→4×4": ((6, 4), (4, 4)),  # the start block's proportions of a tall image, a square teacher
+    "12×18→14×14": ((12, 18), (14, 14)),
 }
 
 

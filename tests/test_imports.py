@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 OURS = {"engine", "kernels", "tools", "recipes"}
 
 KERNELS = {"hsrgan.kernels"}
-BELOW = ("errors", "safe_pickle", "tensor_files", "layers", "blocks", "pretrained", "model")
+BELOW = ("errors", "sizes", "safe_pickle", "tensor_files", "layers", "blocks", "pretrained", "model")
 NETWORKS = KERNELS | {f"hsrgan.engine.{name}" for name in BELOW}
-OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ("losses", "teacher", "ema")}
+OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ("losses", "alpha", "teacher", "ema")}
 ALLOWED = {  # what a module may import of ours; a prefix stands for everything below it
     "hsrgan.kernels": KERNELS,
     **dict.fromkeys(NETWORKS - KERNELS, NETWORKS),

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.layers import append_minibatch_std
 from hsrgan.engine.model import Discriminator, Generator
+from hsrgan.engine.sizes import RULE
 
 ARCHITECTURES = ("skip", "orig", "resnet")
 WIDTHS = {"channel_base": 128, "channel_max": 12}  # 12 channels at 4 and 8, 8 at 16
@@ -26,14 +27,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_g(architecture="skip", c_dim=0, **kwargs):
+def make_g(architecture="skip", c_dim=0, size=16, channels=3, **kwargs):
     torch.manual_seed(1)
-    return Generator(10, c_dim, 6, 16, 3, mapping_layers=2, architecture=architecture, **{**WIDTHS, **kwargs})
+    return Generator(10, c_dim, 6, size, channels, mapping_layers=2, architecture=architecture, **{**WIDTHS, **kwargs})
 
 
-def make_d(architecture="resnet", c_dim=0, **kwargs):
+def make_d(architecture="resnet", c_dim=0, size=16, channels=3, **kwargs):
     torch.manual_seed(2)
-    return Discriminator(c_dim, 16, 3, architecture=architecture, mapping_layers=2, **{**WIDTHS, **kwargs})
+    return Discriminator(c_dim, size, channels, architecture=architecture, mapping_layers=2, **{**WIDTHS, **kwargs})
 
 
 @torch.no_grad()
@@ -207,16 +208,17 @@ def mapping(p, z, c, layers=2):
 
 
 def modulated(x, weight, style, up, demodulate):
-    n, cin, h, _ = x.shape
+    n, cin, height, width = x.shape
     cout, k = weight.shape[0], weight.shape[2]
     w = weight[None] * style[:, None, :, None, None]
     if demodulate:
         w = w / ((w * w).sum((2, 3, 4), keepdim=True) + 1e-8).sqrt()
-    x = x.reshape(1, n * cin, h, h)
+    x = x.reshape(1, n * cin, height, width)
     if up == 1:
-        return F.conv2d(x, w.reshape(n * cout, cin, k, k), padding=k // 2, groups=n).reshape(n, cout, h, h)
+        y = F.conv2d(x, w.reshape(n * cout, cin, k, k), padding=k // 2, groups=n)
+        return y.reshape(n, cout, height, width)
     w = w.transpose(1, 2).reshape(n * cin, cout, k, k)
-    y = F.conv_transpose2d(x, w, stride=2, groups=n).reshape(n, cout, 2 * h + 1, 2 * h + 1)
+    y = F.conv_transpose2d(x, w, stride=2, groups=n).reshape(n, cout, 2 * height + 1, 2 * width + 1)
     return fir(y, [1, 1], gain=4)
 
 
@@ -227,18 +229,21 @@ def reference_g(p, architecture, ws, noise, clamp, features=None):
         return lrelu(x, math.sqrt(2) * scale, clamp * scale)
 
     n = len(ws)
-    noise = iter(noise.split([16, 64, 64, 256, 256], dim=1))
+    height, width = p["synthesis.b4.const"].shape[1:]
+    sizes = [(height << k, width << k) for k in (0, 1, 1, 2, 2)]
+    noise = iter(noise.split([h * w for h, w in sizes], dim=1))
+    noise = iter([z.reshape(n, 1, *size) for z, size in zip(noise, sizes, strict=True)])
     img = None
     for k, r in enumerate((4, 8, 16)):
         b = f"synthesis.b{r}"
         if r == 4:
-            x = conv(f"{b}.conv1", p[f"{b}.const"].repeat(n, 1, 1, 1), ws[:, 0], next(noise).view(n, 1, 4, 4), 1)
+            x = conv(f"{b}.conv1", p[f"{b}.const"].repeat(n, 1, 1, 1), ws[:, 0], next(noise), 1)
             w_rgb = ws[:, 1]
         else:
             y = x
-            x = conv(f"{b}.conv0", x, ws[:, 2 * k - 1], next(noise).view(n, 1, r, r), 2)
+            x = conv(f"{b}.conv0", x, ws[:, 2 * k - 1], next(noise), 2)
             scale = math.sqrt(0.5) if architecture == "resnet" else 1.0
-            x = conv(f"{b}.conv1", x, ws[:, 2 * k], next(noise).view(n, 1, r, r), 1, scale)
+            x = conv(f"{b}.conv1", x, ws[:, 2 * k], next(noise), 1, scale)
             w_rgb = ws[:, 2 * k + 1]
             if architecture == "resnet":
                 w = p[f"{b}.skip.weight"]
@@ -277,7 +282,7 @@ def reference_d(p, architecture, img, c, clamp, group):
         x = x + conv("b4.fromrgb", img, clamp=math.inf)
     n = len(x)
     group = min(group, n)
-    std = torch.empty(n, 1, 4, 4, dtype=x.dtype)
+    std = torch.empty(n, 1, *x.shape[2:], dtype=x.dtype)
     for start in range(n // group):
         members = x[start :: n // group]
         assert len(members) == group
@@ -585,8 +590,8 @@ def test_every_layer_gets_channels_last():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Generator(img_resolution=48), "img_resolution is 48, but must be a power of two, 8 or more"),
-        (lambda: Discriminator(img_resolution=4), "img_resolution is 4, but must be a power of two, 8 or more"),
+        (lambda: Generator(img_resolution=100), f"img_resolution is 100, allowed: {RULE}; the nearest: 104 and 96"),
+        (lambda: Discriminator(img_resolution=4), f"img_resolution is 4, allowed: {RULE}; the nearest: 8 and 10"),
         (lambda: make_g("residual"), "architecture is 'residual', but must be one of skip, orig, resnet"),
         (lambda: make_d("residual"), "architecture is 'residual', but must be one of skip, orig, resnet"),
         (lambda: make_g(channel_base=8), "channel_base 8 leaves no channel at 16×16; raise it"),

@@ -284,8 +284,10 @@ def test_two_packers_do_not_share_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--resolution", "100"], "--resolution 100: a power of two"),
-        (["--channels", "4"], r"--channels 4: 3 \(colour\) or 1 \(grey\)"),
+        (["--resolution", "100"], "--resolution is 100, allowed: .*nearest: 104 and 96"),
+        (["--resolution", "16x24x3"], "--resolution 16x24x3: write the side, or height x width"),
+        (["--channels", "2"], r"--channels 2: 3 \(colour\), 1 \(grey\) or 4"),
+        (["--channels", "4", "--format", "jpg"], "jpg has no alpha"),
         (["--channels", "1", "--format", "webp"], "webp has no grey"),
         (["--quality", "90"], "only with --format jpg or webp"),
         (["--quality", "101", "--format", "jpg"], "--quality 101: 1 to 100"),

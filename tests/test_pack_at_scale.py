@@ -128,21 +128,21 @@ finally:
 
 
 def test_a_million_images_take_less_than_500_mb(tmp_path):
-    """Grown from 2,000 to 12,000 images of 4×4 in a zip: what one more costs, in this process and in those that pack,
+    """Grown from 2,000 to 12,000 images of 8×8 in a zip: what one more costs, in this process and in those that pack,
     times a million, with what the program takes by itself. Listing alone, which is the most, is counted exactly."""
-    png = encode(np.zeros((4, 4, 3), np.uint8))
+    png = encode(np.zeros((8, 8, 3), np.uint8))
     peaks = []
     for count in (2000, 12_000):
         with zipfile.ZipFile(tmp_path / f"{count}.zip", "w") as archive:
             for i in range(count):
                 archive.writestr(f"{i // 1000:05d}/img{i:08d}.png", png)
-        command = [sys.executable, "-c", PACK, tmp_path / f"{count}.zip", tmp_path / str(count), "--resolution", "4",
+        command = [sys.executable, "-c", PACK, tmp_path / f"{count}.zip", tmp_path / str(count), "--resolution", "8",
                    "--processes", "2"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         peaks.append([int(word) * 1024 for word in done.stdout.split()])
     growth = [(after - before) / 10_000 for before, after in zip(*peaks, strict=True)]  # bytes an image
     tracemalloc.start()
-    source = pack_sources.open_source(tmp_path / "12000.zip", labels=True, resolution=4)
+    source = pack_sources.open_source(tmp_path / "12000.zip", labels=True, resolution=8)
     listed = tracemalloc.get_traced_memory()[1] / 12_000
     kept = sum(part.nbytes for part in (source.names.ends, source.labels, source.entries)) + len(source.names.text)
     tracemalloc.stop()
@@ -159,7 +159,7 @@ def test_packing_costs_little_more_than_the_codec(tmp_path):
     base = Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8)).resize((128, 128), Image.Resampling.BICUBIC)
     source = folder(tmp_path / "src", [f"{i}.png" for i in range(150)], lambda i: np.roll(np.asarray(base), i, 0))
     crop, resize, png = pack_images.Crop.none, pack_images.Filter.lanczos, pack_images.Format.png
-    recipe = pack_images.Recipe(64, crop, resize, 3, png, None)
+    recipe = pack_images.Recipe((64, 64), crop, resize, 3, png, None)
     listed = pack_sources.open_source(source, labels=None, resolution=64)
     (job,) = pack_shards.jobs_of(listed, recipe, tmp_path, seed=0, limit=150, shard_size=150, finished=set())
 

@@ -25,7 +25,7 @@ class Linear(nn.Module):
     def __init__(self, z_dim: int = 8, resolution: int = 16) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.z_dim, self.w_dim, self.c_dim, self.img_resolution = z_dim, z_dim, 0, resolution
+        self.z_dim, self.w_dim, self.c_dim, self.img_shape = z_dim, z_dim, 0, (3, resolution, resolution)
         self.A = nn.Parameter(torch.randn(3, resolution, resolution, z_dim, generator=generator))
         self.synthesis = self
         self.noise_size = resolution**2
@@ -35,7 +35,7 @@ class Linear(nn.Module):
 
     def __call__(self, ws, *, noise):
         image = torch.einsum("chwz,nz->nchw", self.A, ws.mean(1))
-        return image + noise.view(-1, 1, self.img_resolution, self.img_resolution).to(image)
+        return image + noise.view(-1, 1, *self.img_shape[1:]).to(image)
 
 
 def squared(a, b):

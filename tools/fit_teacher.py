@@ -32,6 +32,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import Tensor, nn
 
+from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.data import Plan, open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.errors import UserError, user_errors
@@ -71,7 +72,8 @@ class Images:
 def read_images(data: str, resolution: int) -> Images:
     """Every image of `data`, up to MAX_BYTES, area-resized to resolution².
 
-    data: packed shards, anything that tools/pack.py packs (cropped to a square here), or the word "digits".
+    data: packed shards (rectangles squeezed and RGBA over mid-grey, as a teacher sees fakes), anything that
+    tools/pack.py packs (cropped to a square here), or the word "digits".
     """
     path = ensure_digits("datasets", max(resolution, 8), 1) if data == "digits" else Path(data)
     if path.name == MANIFEST or (path / MANIFEST).is_file():
@@ -112,7 +114,9 @@ def _read_shards(path: Path, resolution: int) -> Images:
     pixels, labels = [], []
     stream = open_stream(manifest, seed=0, start=0, global_batch=1, window=WINDOW)
     for images, one_hot in stream:  # one epoch, each image once
-        small = F.adaptive_avg_pool2d(images.float(), resolution) if images.shape[2] != resolution else images
+        small = over_grey(images)
+        if small.shape[2:] != (resolution, resolution):
+            small = F.adaptive_avg_pool2d(small.float(), resolution)
         pixels.append(small.round().to(torch.uint8))
         labels.append(one_hot)
         if len(pixels) == count:

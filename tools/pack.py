@@ -21,6 +21,7 @@ from rich.text import Text
 
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.shards import check_target, folder_lock, load_manifest, write_manifest
+from hsrgan.engine.sizes import block_sizes, in_words
 from hsrgan.tools.pack_images import Crop, Filter, Format, Recipe
 from hsrgan.tools.pack_shards import Packers, Record, jobs_of, pack_shard
 from hsrgan.tools.pack_sources import Source, open_source
@@ -73,16 +74,15 @@ def write(
         record.close()
     counts = [sum(done.classes.get(label, 0) for done in finished) for label in range(len(source.class_names))]
     write_manifest(
-        folder, shards, source.class_names, counts, resolution=(recipe.resolution, recipe.resolution),
+        folder, shards, source.class_names, counts, resolution=recipe.resolution,
         channels=recipe.channels, image_format=recipe.format.value, quality=recipe.quality, source=what,
     )  # fmt: skip
     skipped, enlarged = (sum(values) for values in zip(*((len(d.skipped), d.enlarged) for d in finished), strict=True))
     classes = f", {len(source.class_names)} classes" if source.class_names else ""
-    notes = f"; {skipped} skipped" if skipped else ""
+    notes, side = f"; {skipped} skipped" if skipped else "", in_words(recipe.resolution)
     if enlarged:
-        notes += f"; {enlarged} smaller than {recipe.resolution}x{recipe.resolution} and enlarged"
+        notes += f"; {enlarged} smaller than {side} and enlarged"
     count, size = sum(shard.count for shard in shards), sum(done.size for done in finished)
-    side = f"{recipe.resolution}x{recipe.resolution}"
     _say(console, f"{count} images of {side}{classes}, {size / 1e6:.1f} MB, in {folder}{notes}")
 
 
@@ -107,6 +107,16 @@ def check(folder: Path, processes: int, console: Console) -> None:
     _say(console, f"{folder}: {len(manifest.shards)} shards, {manifest.count} images, all as the manifest says")
 
 
+def _size(text: str) -> tuple[int, int]:
+    """`256`, `512x768` or `512,768` → (height, width). Raises `UserError` unless networks make such images."""
+    parts = text.replace("x", ",").split(",")
+    if not 1 <= len(parts) <= 2 or not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"--resolution {text}: write the side, or height x width, as 256 or 512x768")
+    size = int(parts[0]), int(parts[-1])
+    block_sizes(size, "--resolution")
+    return size
+
+
 app = typer.Typer(add_completion=False)
 
 
@@ -117,14 +127,15 @@ def pack(
         Path | None, typer.Argument(help="Folder for the shards; made if missing.", show_default=False)
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(help="Side of the packed images, a power of two.", show_default=False)
+        str | None,
+        typer.Option(help="Of the packed images: the side, or height x width as 512x768.", show_default=False),
     ] = None,
     crop: Annotated[
         Crop,
-        typer.Option(help="For images that are not square: none stops there, center cuts, skip leaves out and lists."),
+        typer.Option(help="For images of another shape: none stops there, center cuts, skip leaves out and lists."),
     ] = Crop.none,
     resize: Annotated[Filter, typer.Option(help="Filter for resizing.")] = Filter.lanczos,
-    channels: Annotated[int, typer.Option(help="3 for colour, 1 for grey.")] = 3,
+    channels: Annotated[int, typer.Option(help="3 for colour, 1 for grey, 4 for colour and straight alpha.")] = 3,
     labels: Annotated[
         bool | None,
         typer.Option(
@@ -166,6 +177,8 @@ def pack(
 
       python tools/pack.py church_outdoor_train_lmdb shards/church --resolution 256 --crop center --format webp
 
+      python tools/pack.py sprites/ shards/sprites --resolution 96x64 --channels 4
+
       python tools/pack.py shards/photos --verify
     """
     console = Console(stderr=True)
@@ -175,10 +188,11 @@ def pack(
         return
     if dest is None or resolution is None:
         raise UserError("give SOURCE, DEST and --resolution, or SHARDS --verify; --help says more")
-    if resolution < 4 or resolution & (resolution - 1):
-        raise UserError(f"--resolution {resolution}: a power of two from 4 on is needed")
-    if channels not in (1, 3):
-        raise UserError(f"--channels {channels}: 3 (colour) or 1 (grey)")
+    size = _size(resolution)
+    if channels not in (1, 3, 4):
+        raise UserError(f"--channels {channels}: 3 (colour), 1 (grey) or 4 (colour and alpha)")
+    if channels == 4 and format is Format.jpg:
+        raise UserError("--format jpg has no alpha: choose png or webp, or --channels 3")
     if channels == 1 and format is Format.webp:
         raise UserError("--format webp has no grey images: choose png or jpg, or --channels 3")
     if quality is not None and (format is Format.png or not 1 <= quality <= 100):
@@ -186,10 +200,10 @@ def pack(
     if format is not Format.png and quality is None:
         quality = 95
     check_target(dest, force=force)
-    recipe = Recipe(resolution, crop, resize, channels, format, quality)
+    recipe = Recipe(size, crop, resize, channels, format, quality)
     try:
         with Packers(processes) as packers:
-            images = open_source(source, labels=labels, resolution=resolution)
+            images = open_source(source, labels=labels, resolution=max(size))
             if dest.exists() and dest.samefile(source):
                 raise UserError(f"{dest} is the source itself: give the shards a folder of their own")
             with folder_lock(dest, wait=False):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.sizes import in_words
 
 
 class Crop(str, enum.Enum):
@@ -37,9 +38,9 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one image becomes one sample."""
+    """How one image becomes one sample. resolution: (height, width)."""
 
-    resolution: int
+    resolution: tuple[int, int]
     crop: Crop
     resize: Filter
     channels: int
@@ -54,26 +55,32 @@ class Recipe:
         try:
             image = Image.open(io.BytesIO(data))
             image.load()
-            image = _to_mode(ImageOps.exif_transpose(image), "RGB" if self.channels == 3 else "L")
+            image = _to_mode(ImageOps.exif_transpose(image), {1: "L", 3: "RGB", 4: "RGBA"}[self.channels])
         except Unusable:
             raise
         except Exception as error:  # a damaged file makes PIL raise nearly anything
             reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
             raise Unusable(reason) from None
-        width, height = image.size
-        if width != height and self.crop is Crop.none:
-            raise UserError(
-                f"{name} is {width}x{height}, not square: give --crop center to cut squares from the middle, "
-                "or --crop skip to leave such images out"
-            )
-        if width != height and self.crop is Crop.skip:
-            raise Unusable(f"{width}x{height} is not square")
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        if side != self.resolution:
-            image = image.resize((self.resolution, self.resolution), Image.Resampling[self.resize.name.upper()])
-        return self._encode(image), side < self.resolution
+        (width, height), (wanted_height, wanted_width) = image.size, self.resolution
+        if width * wanted_height != height * wanted_width:
+            square = wanted_height == wanted_width
+            size = f"{width}x{height}" if square else in_words((height, width))
+            shape = "square" if square else f"of the shape {in_words(self.resolution)}"
+            if self.crop is Crop.none:
+                raise UserError(
+                    f"{name} is {size}, not {shape}: give --crop center to cut {'squares' if square else 'it'} from "
+                    "the middle, or --crop skip to leave such images out"
+                )
+            if self.crop is Crop.skip:
+                raise Unusable(f"{size} is not {shape}")
+        # the largest part of the wanted shape, of the side that bounds it all
+        part_width = min(width, max(1, round(height * wanted_width / wanted_height)))
+        part_height = min(height, max(1, round(width * wanted_height / wanted_width)))
+        left, top = (width - part_width) // 2, (height - part_height) // 2
+        image = image.crop((left, top, left + part_width, top + part_height))
+        if image.size != (wanted_width, wanted_height):
+            image = image.resize((wanted_width, wanted_height), Image.Resampling[self.resize.name.upper()])
+        return self._encode(image), part_width < wanted_width or part_height < wanted_height
 
     def _encode(self, image: Image.Image) -> bytes:
         out = io.BytesIO()
@@ -87,12 +94,14 @@ class Recipe:
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """8-bit RGB or L: 16-bit values are divided by 256, transparent pixels lie over white."""
+    """8-bit: 16-bit values are divided by 256. L and RGB: transparent pixels lie over white. RGBA: straight alpha, 255
+    where there is none.
+    """
     if image.mode.startswith("I"):
         image = Image.fromarray(np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8))
     if image.mode == "F":
         raise Unusable("floating-point pixels")
-    if image.has_transparency_data:
+    if image.has_transparency_data and mode != "RGBA":
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)

@@ -79,7 +79,7 @@ def generate(
     shift: Tensor | None = None,
     batch: int = 16,
 ) -> Tensor:
-    """The images of `seeds`, uint8 [N, C, R, R] on the CPU, made `batch` at a time where the generator lives.
+    """The images of `seeds`, uint8 [N, C, H, W] on the CPU, made `batch` at a time where the generator lives.
 
     classes: [N] int64; by default drawn from each seed. shift [w_dim] is added to every w, after truncation. Shows
     progress.

@@ -37,6 +37,7 @@ from torch import Tensor
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.pictures import save_png, to_uint8
+from hsrgan.engine.sizes import in_words
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.tools.sample import MAX_SEED, generate, place
 
@@ -178,8 +179,10 @@ def main(
         if seed + samples - 1 > MAX_SEED:
             raise UserError(f"--seed {seed}: with {samples} samples it passes the last seed, {MAX_SEED}; start lower")
         generator, metadata = load_snapshot(snapshot)
-        if generator.img_resolution % SIDE:
-            raise UserError(f"{snapshot} makes {generator.img_resolution}² images; digits need a multiple of {SIDE}²")
+        channels, height, width = generator.img_shape
+        if height != width or height % SIDE or channels == 4:
+            made = f"{in_words((height, width))} images of {channels} channel(s)"
+            raise UserError(f"{snapshot} makes {made}; digits need a multiple of {SIDE}x{SIDE}, grey or RGB")
         images = generate(place(generator), range(seed, seed + samples), psi=psi, batch=64)
         score, real = digit_score(images), real_score()
         with written_aside(json_file) as aside:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hsrgan.engine.aside import written_aside
-from hsrgan.engine.pictures import image_grid, save_png
+from hsrgan.engine.pictures import image_grid, opaque, save_png
 
 CAPTION = 16  # pixels above each strip
 LARGEST = 256  # pixels of a frame: eleven of 1024 would be no picture to look at
@@ -65,8 +65,8 @@ def extremes(scores: Tensor, count: int) -> tuple[list[int], list[int]]:
 
 
 def draw_strips(strips: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    """Save strips (a caption and its frames [T, C, R, R], uint8) to `path`, one below the other."""
-    rows = [image_grid(frames, cols=len(frames)).convert("RGB") for _, frames in strips]
+    """Save strips (a caption and its frames [T, C, H, W], uint8) to `path`, one below the other."""
+    rows = [opaque(image_grid(frames, cols=len(frames))).convert("RGB") for _, frames in strips]
     picture = Image.new("RGB", (rows[0].width, sum(row.height + CAPTION for row in rows)), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     y = 0
@@ -78,8 +78,8 @@ def draw_strips(strips: Sequence[tuple[str, Tensor]], path: Path) -> None:
 
 
 def small(frames: Tensor) -> Tensor:
-    """Frames [T, C, R, R] uint8, at most LARGEST pixels high."""
-    side = frames.shape[-1]
+    """Frames [T, C, H, W] uint8, at most LARGEST pixels high and wide."""
+    side = max(frames.shape[2:])
     if side <= LARGEST:
         return frames
-    return F.avg_pool2d(frames.float(), side // LARGEST).round().to(torch.uint8)
+    return F.avg_pool2d(frames.float(), -(-side // LARGEST)).round().to(torch.uint8)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.fp32 import exact_fp32
@@ -58,7 +59,10 @@ class AttributeClassifier(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images [N, C, H, W] in [−1, 1], C 1 or 3, area-resized where they are of another size → logits [N, A]."""
+        """images [N, C, H, W] in [−1, 1], C 1, 3 or 4 (then over mid-grey), area-resized where they are of another size
+        → logits [N, A].
+        """
+        images = over_grey(images)
         if images.shape[2:] != self.input_size:
             images = F.adaptive_avg_pool2d(images, self.input_size)
         with exact_fp32(images.device):

@@ -7,6 +7,8 @@
 | dinov2 | 1024 | bicubic to 224 | FD-DINOv2: ViT-L/14, class token |
 | timm:MODEL:FILE | the model's | bicubic to the model's | any timm backbone, pooled, before its classifier |
 | FILE.safetensors | the teacher's | area | a file of tools/fit_teacher.py, last map averaged |
+
+Rectangles are squeezed into the network's square, grey is repeated and RGBA lies over mid-grey, reals and fakes alike.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics import dinov2, inception, vgg16
 from hsrgan.engine.metrics.fp32 import exact_fp32
@@ -56,7 +59,7 @@ class Extractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images uint8 [N, 3 or 1, H, W] → fp32 [N, dim]."""
+        """images uint8 [N, 1, 3 or 4, H, W] → fp32 [N, dim]."""
         with exact_fp32(images.device):
             return self.net(self.prepare(images))
 
@@ -66,7 +69,7 @@ class InceptionExtractor(Extractor):
 
     @torch.no_grad()
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images uint8 [N, 3 or 1, H, W] → fp32 [N, 2048] and [N, 1008], logits without bias."""
+        """images uint8 [N, 1, 3 or 4, H, W] → fp32 [N, 2048] and [N, 1008], logits without bias."""
         with exact_fp32(images.device):
             features = self.net(self.prepare(images))
             return features, self.net.logits(features)
@@ -77,7 +80,7 @@ class InceptionExtractor(Extractor):
 
 
 class Prepare(nn.Module):
-    """uint8 images → what a network takes: resized to size², grey repeated, (grey level − mean)/std.
+    """uint8 images → what a network takes: RGBA over mid-grey, resized to size², grey repeated, (level − mean)/std.
 
     resize: a name of RESIZES, or "area" for networks that resize by themselves.
     """
@@ -91,8 +94,9 @@ class Prepare(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             raise ValueError(f"images are {images.dtype}: quantise them to uint8 first, as published figures do")
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"images are {list(images.shape)}: [N, 3, H, W] or grey [N, 1, H, W] are needed")
+        if images.ndim != 4 or images.shape[1] not in (1, 3, 4):
+            raise ValueError(f"images are {list(images.shape)}: [N, 3, H, W], grey [N, 1, …] or RGBA are needed")
+        images = over_grey(images)
         x = images.float() if self.resize == "area" else RESIZES[self.resize](images, self.size)
         return (x - self.mean) / self.std  # grey is repeated by broadcasting
 

@@ -84,9 +84,9 @@ class PathLength(GeneratorMetric):
 
     def check(self, metric: Metric, generator: Generator, name: str) -> None:
         side = SMALLEST * (2 if PROTOCOLS[metric.kind].crop else 1)
-        if generator.img_resolution < side:
+        if (smaller := min(generator.img_shape[1:])) < side:
             raise UserError(
-                f"{name} makes images of {generator.img_resolution} pixels and {metric.name} needs {side}: LPIPS "
+                f"{name} makes images of {smaller} pixels and {metric.name} needs {side}: LPIPS "
                 "would have nothing left to compare; leave it out"
             )
 
@@ -95,9 +95,10 @@ class PathLength(GeneratorMetric):
         told = job.told(f"{job.metric.name}: pairs", count)
         distances = path_distances(job.generator, self.lpips.distance, kind, count=count, told=told, **job.drawn)
         space, full, crop = PROTOCOLS[kind]
+        side = min(job.generator.img_shape[1:])
         protocol = {
             **self.lpips.protocol,
-            "resize": f"mean to {SIDE}" if job.generator.img_resolution > SIDE else "none",
+            "resize": f"mean to {side // (side // SIDE)}" if side >= 2 * SIDE else "none",
             "crop": "rows 3/8-7/8, columns 2/8-6/8" if crop else "none",
             "space": space,
             "t": "uniform" if full else "0",

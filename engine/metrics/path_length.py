@@ -7,7 +7,8 @@ StyleGAN (Karras et al., 1812.04948, §4.1) and StyleGAN2 (1912.04958, appendix 
 x(t): between two mapped latents in W, w0 + t·(w1 − w0), or on the great circle between two latents in Z; t uniform in
 [0, 1) ("full") or 0 ("end"); no truncation. Both halves of a pair have the same layer noise and labels. Of all pairs,
 those from the 1st (rounded down) to the 99th percentile (rounded up) are averaged. Images are neither clamped nor
-quantised; from 512² on they are averaged down to 256². All but `ppl2_wend` see the middle of a face only.
+quantised; from 512² on they are averaged down to 256², a rectangle by its smaller side. All but `ppl2_wend` see the
+middle of a face only.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.distributed import World
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
@@ -104,13 +106,13 @@ def path_distances(
 
 
 def _seen(images: Tensor, crop: bool) -> Tensor:
-    """What of images [N, C, R, R] the distance is shown."""
-    resolution = images.shape[-1]
+    """What of images [N, C, H, W] the distance is shown."""
+    images = over_grey(images)
+    height, width = images.shape[2:]
     if crop:
-        eighth = resolution // 8
-        images = images[:, :, 3 * eighth : 7 * eighth, 2 * eighth : 6 * eighth]
-    if resolution >= 2 * SIDE:
-        images = F.avg_pool2d(images, resolution // SIDE)
+        images = images[:, :, 3 * height // 8 : 7 * height // 8, 2 * width // 8 : 6 * width // 8]
+    if min(height, width) >= 2 * SIDE:
+        images = F.avg_pool2d(images, min(height, width) // SIDE)
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 

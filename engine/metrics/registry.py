@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
+from hsrgan.engine import alpha
 from hsrgan.engine.distributed import World, failing_together, from_first
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
@@ -27,6 +28,7 @@ from hsrgan.engine.metrics.precision_recall import precision_recall
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.model import Generator
 from hsrgan.engine.shards import Manifest
+from hsrgan.engine.sizes import in_words
 
 DDOF = {"n-1": 1, "n": 0}  # what covariances are divided by: N − 1, or N as in NVIDIA's StyleGANs
 
@@ -114,12 +116,11 @@ class Scorer:
                 "so give the labelled shards that it was trained on"
             )
         if any(metric.reals for metric in self.metrics):
-            size, channels = (generator.img_resolution,) * 2, generator.img_channels
-            if (size, channels) != (manifest.resolution, manifest.channels):
-                height, width = manifest.resolution
+            channels, *size = generator.img_shape
+            if (tuple(size), channels) != (manifest.resolution, manifest.channels):
                 raise UserError(
-                    f"{name} makes {size[0]}x{size[1]} images of {channels} channel(s) and {manifest.root} holds "
-                    f"{height}x{width} of {manifest.channels}: give the shards that it was trained on"
+                    f"{name} makes {in_words(size)} images of {channels} channel(s) and {manifest.root} holds "
+                    f"{in_words(manifest.resolution)} of {manifest.channels}: give the shards that it was trained on"
                 )
         for metric in self.metrics:
             if metric.name in self.of_generator:
@@ -147,6 +148,8 @@ class Scorer:
                     class_counts = self.manifest.class_counts if generator.c_dim else ()
                     job = Job(metric, generator, label, self.seed, self.world, class_counts, self.progress)
                     outcome, spent = self.of_generator[metric.name](job), 0.0
+                if generator.img_channels == 4:
+                    outcome.protocol["alpha"] = alpha.PROTOCOL
                 results.append(self._result(metric, outcome, spent + time.perf_counter() - began))
         return from_first(results)
 

@@ -30,7 +30,7 @@ PIXELS = 2**19  # that G makes at a time: its activations at 256² then stay nea
 
 
 def fakes(generator: Generator, draws: Draws, count: int, batch: int, world: World) -> Iterator[tuple[Tensor, int]]:
-    """Units (uint8 [UNIT, C, R, R] on the generator's device, first position) of this rank; the last may pass count.
+    """Units (uint8 [UNIT, C, H, W] on the generator's device, first position) of this rank; the last may pass count.
 
     ψ 1, random noise, labels as `draws` has them. Raises `UserError` as `synthesised`.
     """
@@ -43,12 +43,15 @@ def fakes(generator: Generator, draws: Draws, count: int, batch: int, world: Wor
 
 
 def synthesised(generator: nn.Module, ws: Tensor, noise: Tensor) -> Iterator[Tensor]:
-    """Images [n, C, R, R] of ws [N, num_ws, w_dim], n after n; each row of noise [M, noise_size] is that of N/M ws in
+    """Images [n, C, H, W] of ws [N, num_ws, w_dim], n after n; each row of noise [M, noise_size] is that of N/M ws in
     turn. N is a multiple of UNIT, and n a function of the resolution alone: the rounding may depend on it.
 
     Raises `UserError` for an image that is not finite.
     """
-    piece = max(4, min(UNIT, PIXELS // generator.img_resolution**2))
+    _, height, width = generator.img_shape
+    piece = UNIT
+    while piece > 4 and piece * height * width > PIXELS:
+        piece //= 2
     each = len(ws) // len(noise)
     for start in range(0, len(ws), piece):
         of = torch.arange(start, start + piece, device=noise.device) // each
@@ -65,7 +68,7 @@ def quantised(images: Tensor) -> Tensor:
 
 
 def reals(manifest: Manifest, count: int, batch: int, world: World, workers: int = 0) -> Iterator[tuple[Tensor, int]]:
-    """Units (uint8 [UNIT, C, R, R] on the host, first position) of this rank, unflipped; the last may pass count.
+    """Units (uint8 [UNIT, C, H, W] on the host, first position) of this rank, unflipped; the last may pass count.
 
     The order is shuffled, a function of the images alone: shards in another order, or another folder, change nothing,
     and the first count positions are a random subset. What lies beyond the last image repeats earlier ones.
