@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from hsrgan.engine.labels import Label, read_label, to_text
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.tar_index import read_fragment
 
@@ -18,8 +19,8 @@ class BadSample(Exception):
     """A sample that cannot be used; the message goes on from "sample 3 of 00001.tar"."""
 
 
-def decode(fragment: bytes, manifest: Manifest) -> tuple[np.ndarray, int]:
-    """Bytes of a sample in its tar -> (uint8 [H,W,C], class; -1 without labels). Raises `BadSample`."""
+def decode(fragment: bytes, manifest: Manifest) -> tuple[np.ndarray, Label]:
+    """Bytes of a sample in its tar -> (uint8 [H,W,C], its classes; () without labels). Raises `BadSample`."""
     try:
         files = read_fragment(fragment)
     except ValueError as error:
@@ -37,10 +38,17 @@ def decode(fragment: bytes, manifest: Manifest) -> tuple[np.ndarray, int]:
         raise BadSample(f"is {image.width}x{image.height}, its manifest says {width}x{height}")
     if image.mode != _MODES[manifest.channels]:
         raise BadSample(f"is a {image.mode} image, its manifest says {manifest.channels} channel(s)")
-    label = -1
-    if manifest.num_classes:
-        text = files.get("cls", b"").strip()
-        label = int(text) if text.isdigit() else -1
-        if not 0 <= label < manifest.num_classes:
-            raise BadSample(f"has the label {text!r}, its manifest says 0 to {manifest.num_classes - 1}")
+    label = _label(files, manifest) if manifest.num_classes else ()
     return np.asarray(image).reshape(height, width, manifest.channels), label
+
+
+def _label(files: dict[str, bytes], manifest: Manifest) -> Label:
+    try:
+        label = read_label(files)
+    except ValueError as error:
+        raise BadSample(str(error)) from None
+    if label and label[-1] >= manifest.num_classes:
+        raise BadSample(f"has the label {to_text(label)}, its manifest says 0 to {manifest.num_classes - 1}")
+    if len(label) != 1 and manifest.label_sets is None:
+        raise BadSample(f"has {len(label)} classes, its manifest says one for each image")
+    return label

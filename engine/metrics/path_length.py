@@ -12,7 +12,7 @@ quantised; from 512² on they are averaged down to 256². All but `ppl2_wend` se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hsrgan.engine.distributed import World
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.labels import ClassCounts
 from hsrgan.engine.metrics.fp32 import exact_fp32
 from hsrgan.engine.metrics.positions import Told, all_rows, silent
 from hsrgan.engine.metrics.sampling import synthesised
@@ -66,7 +67,7 @@ def path_distances(
     count: int,
     seed: int,
     world: World,
-    class_counts: Sequence[int] = (),
+    class_counts: ClassCounts = (),
     told: Told = silent,
 ) -> Tensor:
     """d/ε² of all pairs, fp64 [count] on the CPU, for `path_length`. A collective.
