@@ -7,10 +7,12 @@ import os
 import torch
 
 from hsrgan.engine import distributed
+from hsrgan.engine.balanced import check_balanced
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.hsr import HSRHeads
+from hsrgan.engine.labels import ClassCounts
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.phases import Training
 from hsrgan.engine.sections import Data
@@ -30,7 +32,16 @@ def dataset(data: Data) -> Manifest:
         quiet=os.environ.get("RANK", "0") != "0",
     )  # fmt: skip
     manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
+    if data.balanced:
+        check_balanced(manifest)
     return manifest
+
+
+def fake_labels(data: Data, manifest: Manifest) -> ClassCounts:
+    """What the labels of fakes are drawn from while training: what the reals have."""
+    if not data.labels:
+        return ()
+    return tuple(min(count, 1) for count in manifest.class_counts) if data.balanced else manifest.drawn_labels
 
 
 def networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
@@ -74,7 +85,7 @@ def training(
     return Training(
         recipe=recipe,
         world=world,
-        draws=Draws(recipe.seed, world.device, manifest.class_counts if recipe.data.labels else ()),
+        draws=Draws(recipe.seed, world.device, fake_labels(recipe.data, manifest)),
         g=shard(g_module, recipe.generator.lr, recipe.path_length.interval),
         d=shard(discriminator, recipe.discriminator.lr, recipe.r1.interval),
         teacher=teacher,

@@ -102,15 +102,19 @@ def name_of(label: Label, class_names: Sequence[str]) -> str:
     return "+".join(class_names[i] if i < len(class_names) else str(i) for i in label) or "none"
 
 
-def parse_label(text: str, num_classes: int, class_names: Sequence[str]) -> Label:
-    """What a user writes: class numbers or names with commas between. Raises `UserError`, beginning with the part."""
+def parse_label(text: str, num_classes: int, class_names: Sequence[str], *, several: bool, where: str) -> Label:
+    """A class by its number or name or, where there may be `several`, some with commas between.
+
+    Raises `UserError`, which begins with `where`.
+    """
     label = set()
-    for part in (part.strip() for part in text.split(",")):
+    for part in (part.strip() for part in (text.split(",") if several else [text])):
         if part.isdecimal() and int(part) < num_classes:
             label.add(int(part))
         elif part in class_names:
             label.add(list(class_names).index(part))
         else:
-            named = f" or their names ({', '.join(class_names[:5])}, …)" if class_names else ""
-            raise UserError(f"{part!r} is none of the classes 0 to {num_classes - 1}{named}")
+            what = "give some of them with commas between, or all" if several else "give one, or all"
+            named = f" ({', '.join(class_names[:5])}{', …' if num_classes > 5 else ''})" if class_names else ""
+            raise UserError(f"{where} has the classes 0 to {num_classes - 1}{named}, not {part!r}; {what}")
     return tuple(sorted(label))

@@ -33,6 +33,7 @@ class Data(Section):
     channels: Literal[1, 3] = 3                     # grey or RGB
     mirror: bool = False                            # x-flips, half of the time
     labels: bool = False                            # train conditionally on the manifest's classes
+    balanced: bool = False                          # every class equally often, among reals and among fakes' labels
     workers: WholeOrZero = 2                        # loader processes per rank
     window: Whole = 16                              # shards shuffled together
     resampled: bool = False                         # endless random shards instead of epochs

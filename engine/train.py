@@ -86,7 +86,7 @@ def _loop(
     stream = open_stream(
         manifest, seed=recipe.seed, start=images, global_batch=batch, rank=world.rank, world=world.size,
         workers=recipe.data.workers, window=recipe.data.window, mirror=recipe.data.mirror,
-        resampled=recipe.data.resampled, faults=bad_samples,
+        resampled=recipe.data.resampled, balanced=recipe.data.balanced, faults=bad_samples,
     )  # fmt: skip
     phases, total = build_phases(t), round(recipe.kimg * 1000)
     score = Scoring(out, images) if recipe.metrics else None
@@ -101,7 +101,7 @@ def _loop(
             log.note("rollback" if diverged else "resume", f"{why}resuming at {images / 1000:g} kimg")
         else:
             log.reals(next(open_stream(manifest, seed=recipe.seed, start=0, global_batch=PICTURES))[0])
-            log.fakes(out.pictures(), 0.0)
+            log.fakes(out.pictures(), 0.0, out.row_names)
         for reals_uint8, real_c in stream:
             if images >= total:
                 break
@@ -130,7 +130,7 @@ def _loop(
                     return out.roll_back(now_diverged, resumed if diverged else None)
             if last or _crossed(recipe.image_kimg, seen, images):
                 with writing():
-                    log.fakes(out.pictures(), images / 1000)
+                    log.fakes(out.pictures(), images / 1000, out.row_names)
             if last or _crossed(recipe.snapshot_kimg, seen, images):
                 with writing():
                     out.snapshot(images)
