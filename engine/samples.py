@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from hsrgan.engine.labels import Label, read_label, to_text
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.tar_index import read_fragment
 
 PIL_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+_READERS = {"png": PngImageFile, "jpg": JpegImageFile, "webp": WebPImageFile}
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -28,18 +31,20 @@ def decode(fragment: bytes, manifest: Manifest) -> tuple[np.ndarray, Label]:
     data = files.get(manifest.image_format)
     if data is None:
         raise BadSample(f"has no .{manifest.image_format} image")
+    height, width = manifest.resolution
     try:
-        image = Image.open(io.BytesIO(data), formats=[PIL_FORMATS[manifest.image_format]])
-        image.load()
+        image = _READERS[manifest.image_format](io.BytesIO(data))  # Image.open takes 5 % of a small image's time
+        if image.size != (width, height):
+            raise BadSample(f"is {image.width}x{image.height}, its manifest says {width}x{height}")
+        if image.mode != _MODES[manifest.channels]:
+            raise BadSample(f"is a {image.mode} image, its manifest says {manifest.channels} channel(s)")
+        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, manifest.channels)
+    except BadSample:
+        raise
     except Exception as error:  # a damaged image makes PIL raise nearly anything
         raise BadSample(f"is no whole {manifest.image_format} image ({error})") from None
-    height, width = manifest.resolution
-    if image.size != (width, height):
-        raise BadSample(f"is {image.width}x{image.height}, its manifest says {width}x{height}")
-    if image.mode != _MODES[manifest.channels]:
-        raise BadSample(f"is a {image.mode} image, its manifest says {manifest.channels} channel(s)")
     label = _label(files, manifest) if manifest.num_classes else ()
-    return np.asarray(image).reshape(height, width, manifest.channels), label
+    return pixels, label
 
 
 def _label(files: dict[str, bytes], manifest: Manifest) -> Label:

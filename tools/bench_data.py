@@ -42,7 +42,7 @@ from hsrgan.engine.shards import Manifest, ShardWriter, load_manifest
 from hsrgan.tools.bench_kernels import now, versions
 
 COUNTS = {32: 4096, 64: 2048, 128: 1024, 256: 512, 512: 128, 1024: 64}  # images of each resolution
-BATCH_PIXELS = 2**21  # at most: a larger batch of large images would leave few in an epoch, and the others pause there
+BATCH_PIXELS = 2**20  # at most: a larger batch of large images would leave few in an epoch, and the others pause there
 SHARDS = 16
 
 
@@ -210,10 +210,10 @@ def main(
     resolutions: Annotated[str, typer.Option(help="Sides of the images.")] = "32,256,1024",
     format: Annotated[Format, typer.Option(help="How they are encoded.")] = Format.png,
     workers: Annotated[str, typer.Option(help="Loader processes, a run for each number.")] = "0,2",
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch at most; fewer of more than 256².")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch at most; fewer of large images.")] = 32,
     images: Annotated[int | None, typer.Option(min=1, help="Of each size; by default less the larger.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.05, help="For a resolution with a number of workers.")] = 20.0,
-    turns: Annotated[int, typer.Option(min=1, help="Of each loader, as far as the seconds reach.")] = 7,
+    seconds: Annotated[float, typer.Option(min=0.05, help="For a resolution with a number of workers.")] = 15.0,
+    turns: Annotated[int, typer.Option(min=1, help="Of each loader, as far as the seconds reach.")] = 9,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there too.")] = None,
 ) -> None:
     """Images a second of the loader beside plain webdataset and ImageFolder, on the same files."""
@@ -226,7 +226,7 @@ def main(
         for side in sides:
             with tempfile.TemporaryDirectory(prefix="bench_data-") as folder:
                 files = make(Path(folder), side, images or COUNTS[side], format.value)
-                size = max(1, min(batch, files.manifest.count, BATCH_PIXELS // side**2))
+                size = min(batch, files.manifest.count, max(2, BATCH_PIXELS // side**2))
                 with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
                     task = progress.add_task(f"{side}²: comparing pixels", total=len(counts) * len(LOADERS) * turns)
                     check_equal(files, size)
