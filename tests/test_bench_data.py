@@ -65,7 +65,7 @@ def test_table_and_json(tmp_path):
                  "--turns", "2", "--json", str(tmp_path / "rows.json")]  # fmt: skip
     done = CliRunner().invoke(bench_data.app, arguments, catch_exceptions=False)
     assert done.exit_code == 0 and "64²" in done.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "rows.json").read_text())
     expected = [(side, name) for side in (32, 64) for name in bench_data.LOADERS]
     assert [(row["resolution"], row["loader"]) for row in rows] == expected
     for row in rows:

@@ -1,7 +1,7 @@
 """Time the loader beside plain webdataset and torchvision's ImageFolder, on the same encoded images.
 
     python tools/bench_data.py                          32², 256² and 1024² PNG, no worker and two
-    python tools/bench_data.py --format jpg --workers 8 --json benchmarks/data.json
+    python tools/bench_data.py --format jpg --workers 8 --json benchmarks/data_cpu.json
 
 Images are made like photographs (a 1/f spectrum), written as files and as shards with the same bytes. Before anything
 is timed, all three must have given the same pixels, each image once an epoch. They take turns, so that what else the
@@ -237,7 +237,7 @@ def main(
         print_rows(rows, console)
         if json_file:
             json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+            json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
