@@ -86,11 +86,11 @@ def check_balanced(manifest: Manifest) -> None:
         raise UserError(f"{where} is multi-label but data.balanced is true: classes that come together cannot each "
                         "come equally often, set data.balanced=false")
     for shard in manifest.shards:
-        location, file = manifest.location(shard), manifest.classes_path(shard)
+        location = manifest.location(shard)
         if scheme_of(location):
             raise UserError(f"{location} is remote but data.balanced is true, which reads samples of all shards in "
                             "turn: copy the shards here, or set data.balanced=false")
-        if not file.exists():
+        if not (file := manifest.classes_path(shard)).exists():
             raise UserError(f"{file} is missing, which data.balanced needs (older sets lack it): "
                             f"python tools/pack.py {where} --verify makes it")
 
