@@ -11,12 +11,14 @@ from rich.console import Console
 
 from hsrgan.engine import distributed
 from hsrgan.engine.bad_samples import DataFaults
+from hsrgan.engine.balanced import check_balanced
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.freezing import Frozen, check_known
 from hsrgan.engine.hsr import HSRHeads
+from hsrgan.engine.labels import ClassCounts
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.phases import Training
 from hsrgan.engine.sections import Data
@@ -38,6 +40,8 @@ def dataset(data: Data, digits: str | Path = "datasets") -> Manifest:
         quiet=os.environ.get("RANK", "0") != "0",
     )  # fmt: skip
     manifest.expect(resolution=data.resolution, channels=data.channels, labels=data.labels)
+    if data.balanced:
+        check_balanced(manifest)
     return manifest
 
 
@@ -48,7 +52,7 @@ def stream(
     return open_stream(
         manifest, seed=recipe.seed, start=start, global_batch=recipe.batch, rank=world.rank, world=world.size,
         workers=recipe.data.workers, window=recipe.data.window, mirror=recipe.data.mirror,
-        resampled=recipe.data.resampled, faults=faults,
+        resampled=recipe.data.resampled, balanced=recipe.data.balanced, faults=faults,
     )  # fmt: skip
 
 
@@ -56,6 +60,13 @@ def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 [n, C, R, R] → [−1, 1] float32, channels_last."""
     images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
     return images.div_(127.5).sub_(1)
+
+
+def fake_labels(data: Data, manifest: Manifest) -> ClassCounts:
+    """What the labels of fakes are drawn from while training: what the reals have."""
+    if not data.labels:
+        return ()
+    return tuple(min(count, 1) for count in manifest.class_counts) if data.balanced else manifest.drawn_labels
 
 
 def networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
@@ -113,7 +124,7 @@ def training(
     return Training(
         recipe=recipe,
         world=world,
-        draws=Draws(recipe.seed, world.device, manifest.class_counts if recipe.data.labels else ()),
+        draws=Draws(recipe.seed, world.device, fake_labels(recipe.data, manifest)),
         g=shard(g_module, recipe.generator.lr, recipe.path_length.interval),
         d=shard(discriminator, recipe.discriminator.lr, recipe.r1.interval),
         teacher=teacher,

@@ -37,6 +37,11 @@ class Board:
 
         self._add(step=step, summary=image(tag, pixels, dataformats="HW" if pixels.ndim == 2 else "HWC"))
 
+    def text(self, tag: str, words: str, step: int) -> None:
+        from torch.utils.tensorboard.summary import text
+
+        self._add(step=step, summary=text(tag, words))
+
     def close(self) -> None:
         self._file.close()
 

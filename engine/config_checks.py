@@ -29,6 +29,9 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
         yield ("data",), f"give exactly one of data.shards and data.builtin, {have}"
     if recipe.data.builtin:
         yield from _builtin_inconsistencies(recipe.data)
+    if recipe.data.balanced and recipe.data.resampled:
+        text = "data.balanced is true, allowed: with data.resampled: false, since it reads all shards at once"
+        yield ("data", "balanced"), text
     yield from _batch_inconsistencies(recipe, world_size)
     for name, network in (("generator", recipe.generator), ("discriminator", recipe.discriminator)):
         if network.num_fp16_res > len(blocks):

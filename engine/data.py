@@ -25,7 +25,9 @@ import webdataset as wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hsrgan.engine.bad_samples import BAD, DataFaults
+from hsrgan.engine.balanced import BalancedPlan
 from hsrgan.engine.errors import RankError, UserError
+from hsrgan.engine.labels import Label, multi_hot
 from hsrgan.engine.samples import BadSample, decode
 from hsrgan.engine.shard_cache import Ahead
 from hsrgan.engine.shards import Manifest, Shard
@@ -35,7 +37,7 @@ _SHARD_ORDER, _SAMPLE_ORDER, _MIRROR, _DRAW = range(4)  # streams of random bits
 _REMEDY = "copy it again, or pack the data set again with tools/pack.py"
 
 Place = tuple[int, int, bool]  # shard number, sample in the shard, flipped left to right or not
-Item = tuple[np.ndarray, int, bool, list[dict]]  # uint8 [H,W,C], class or -1, whether replaced, what there is to tell
+Item = tuple[np.ndarray, Label, bool, list[dict]]  # uint8 [H,W,C], classes, whether replaced, what there is to tell
 
 
 class Plan:
@@ -50,6 +52,7 @@ class Plan:
         self.total = int(self.counts.sum())
         self.seed, self.window, self.resampled = seed, window, resampled
         self._epoch = self._block = -1
+        self.keep = 2 * window  # shards to keep open: a batch may straddle two blocks
         self._draw_size = max(1, round(self.total * window / len(counts)))
 
     @property
@@ -118,7 +121,7 @@ class Plan:
         return int(self._shard_of[i]), int(self._sample_of[i]), bool(self._flip_of[i])
 
 
-def _places(plan: Plan, start: int, global_batch: int, rank: int, world: int) -> Iterator[Place]:
+def _places(plan: Plan | BalancedPlan, start: int, global_batch: int, rank: int, world: int) -> Iterator[Place]:
     """This rank's share of every batch; in worker w of N, of every N-th one, since the DataLoader takes turns."""
     worker = get_worker_info()
     number, step = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -133,14 +136,13 @@ def _places(plan: Plan, start: int, global_batch: int, rank: int, world: int) ->
 class Reader:
     """Pipeline stage: places -> items, with one `pread` a sample.
 
-    Keeps the descriptors and offsets of the shards used last: two windows, since a batch may straddle two blocks.
+    Keeps the descriptors and offsets of the shards used last, as many as the plan says.
     A sample that cannot be used gives way to the next one in its shard that can, and a shard's first follows on its
     last: a function of the place alone, so that any number of ranks and workers sees the same.
     """
 
-    def __init__(self, manifest: Manifest, plan: Plan, mirror: bool):
+    def __init__(self, manifest: Manifest, plan: Plan | BalancedPlan, mirror: bool):
         self.manifest, self.plan, self.mirror = manifest, plan, mirror
-        self.keep = 2 * plan.window
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
 
     def __call__(self, places: Iterator[Place]) -> Iterator[Item]:
@@ -198,7 +200,7 @@ class Reader:
                 self._open[number] = os.open(where, os.O_RDONLY), offsets
             except OSError as error:
                 raise UserError(f"cannot open {where} ({error.strerror}): {_REMEDY}") from None
-        if len(self._open) > self.keep:
+        if len(self._open) > self.plan.keep:
             os.close(self._open.popitem(last=False)[1][0])
         return self._open[number]
 
@@ -217,8 +219,8 @@ def _load_offsets(manifest: Manifest, shard: Shard) -> np.ndarray:
     return offsets
 
 
-def _collate(items: list[Item]) -> tuple[torch.Tensor, list[int], int, list[dict]]:
-    # Labels stay integers until they reach the main process: a second shared tensor would double the cost of a batch.
+def _collate(items: list[Item]) -> tuple[torch.Tensor, list[Label], int, list[dict]]:
+    # Labels stay numbers until they reach the main process: a second shared tensor would double the cost of a batch.
     pixels, labels, replaced, news = zip(*items, strict=True)
     return torch.from_numpy(np.stack(pixels)), list(labels), sum(replaced), list(itertools.chain.from_iterable(news))
 
@@ -285,9 +287,10 @@ def open_stream(
     window: int = 16,
     mirror: bool = False,
     resampled: bool = False,
+    balanced: bool = False,
     faults: DataFaults | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches (images uint8 [M,C,H,W], labels float32 [M,num_classes] one-hot), M = global_batch / world.
+    """Endless batches (images uint8 [M,C,H,W], labels float32 [M,num_classes] of 0 and 1), M = global_batch / world.
 
     Batch b holds positions [start + b·G, start + (b+1)·G), G = global_batch, of which this rank gets the contiguous
     slice [rank·M, (rank+1)·M). The sequence is the same for any number of ranks and workers; to resume, give `start`
@@ -297,8 +300,8 @@ def open_stream(
     Shards are checked for presence and size before this returns, remote ones as they come. A sample that cannot be
     used is replaced (`Reader`) where the manifest's `max_bad` is not 0, and told to `faults`, whose owner decides; with
     neither, and for everything else, `UserError`. resampled: the shards of every block are drawn anew, with
-    replacement, so that there is no epoch. Workers start here and decode ahead at once, so open the stream before the
-    long part of a start-up.
+    replacement, so that there is no epoch. balanced: every class equally often (`BalancedPlan`). Workers start here and
+    decode ahead at once, so open the stream before the long part of a start-up.
 
     Workers are forked, on purpose: they start in milliseconds, whereas a spawned or fork-served worker would import the
     launching script with torch and DeepSpeed again. What makes a fork of such a process unsafe stays unused in them:
@@ -309,7 +312,10 @@ def open_stream(
     check_shards(manifest)
     if manifest.cache:
         manifest.cache.check(manifest, window)
-    plan = Plan([shard.count for shard in manifest.shards], seed, window, resampled=resampled)
+    if balanced:
+        plan = BalancedPlan(manifest, seed)
+    else:
+        plan = Plan([shard.count for shard in manifest.shards], seed, window, resampled=resampled)
     pipeline = wds.DataPipeline(
         functools.partial(_places, plan, start, global_batch, rank, world),
         Reader(manifest, plan, mirror),
@@ -334,11 +340,8 @@ def _batches(
         for item in items:
             if isinstance(item, UserError):
                 raise RankError(f"{whose}{item}") from None
-            images, classes, replaced, news = item
-            faults.note(len(classes), replaced, news)
-            labels = torch.zeros(len(classes), num_classes)
-            if num_classes:
-                labels[torch.arange(len(classes)), torch.tensor(classes)] = 1
-            yield images.permute(0, 3, 1, 2), labels
+            images, labels, replaced, news = item
+            faults.note(len(labels), replaced, news)
+            yield images.permute(0, 3, 1, 2), torch.from_numpy(multi_hot(labels, num_classes))
     finally:
         del items  # ends the workers now; the traceback of an error would keep them until it is collected

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from hsrgan.engine.labels import ClassCounts, LabelSets
+
 _LATENT, _BATCH, _NOISE, _DIRECTION, _UNIFORM = range(5)
 
 
 class Latents(NamedTuple):
-    """What one pass of G starts from: z and the second z of style mixing [n, z_dim], one-hot labels [n, num_classes],
-    all float32.
+    """What one pass of G starts from: z and the second z of style mixing [n, z_dim], labels of 0 and 1
+    [n, num_classes], all float32.
     """
 
     z: torch.Tensor
@@ -30,14 +32,18 @@ class Latents(NamedTuple):
 class Draws:
     """Every draw of a training run.
 
-    seed: the recipe's. device: where the results go. class_counts: images per class of the dataset; a label is that
-    of a random dataset item.
+    seed: the recipe's. device: where the results go. class_counts: images per class, or per set of classes, of the
+    dataset; a label is that of a random dataset item.
     """
 
-    def __init__(self, seed: int, device: torch.device, class_counts: Sequence[int] = ()):
+    def __init__(self, seed: int, device: torch.device, class_counts: ClassCounts = ()):
         self.seed, self.device = seed, device
-        self._class_ends = np.cumsum(class_counts) if class_counts else None
-        self._num_classes = len(class_counts)
+        if isinstance(class_counts, LabelSets):
+            self._num_classes, self._labels, counts = class_counts.num_classes, class_counts.sets, class_counts.counts
+        else:
+            self._num_classes, counts = len(class_counts), class_counts
+            self._labels = [(i,) for i in range(self._num_classes)]
+        self._ends = np.cumsum(counts) if counts else None
         self._device_generator = torch.Generator(device) if device.type != "cpu" else None
 
     def _host(self, kind: int, phase: int, position: int) -> np.random.Generator:
@@ -49,8 +55,9 @@ class Draws:
         for row, position in enumerate(positions):
             generator = self._host(_LATENT, phase, position)
             z[:, row] = generator.standard_normal((2, z_dim), np.float32)
-            if self._class_ends is not None:
-                c[row, np.searchsorted(self._class_ends, generator.integers(self._class_ends[-1]), side="right")] = 1
+            if self._ends is not None:
+                drawn = np.searchsorted(self._ends, generator.integers(self._ends[-1]), side="right")
+                c[row, list(self._labels[drawn])] = 1
         z, c = (
             torch.from_numpy(z).to(self.device, non_blocking=True),
             torch.from_numpy(c).to(self.device, non_blocking=True),

@@ -11,6 +11,7 @@ from hsrgan.engine import checkpoint
 from hsrgan.engine.aside import writable
 from hsrgan.engine.distributed import from_first
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.labels import Label, multi_hot, name_of
 from hsrgan.engine.model import Generator
 from hsrgan.engine.phases import Training
 from hsrgan.engine.power_ema import part_name
@@ -19,6 +20,7 @@ from hsrgan.engine.sizes import plain
 from hsrgan.engine.snapshot import save_snapshot
 
 PICTURES = 64  # images in a grid
+MOST_ROWS, COLUMNS = 16, 8  # of a grid with a row for each class
 GRID_STREAM = 4  # the draws of the grid's latents; 0–3 are the phases'
 
 
@@ -36,6 +38,19 @@ class Outputs:
     def __post_init__(self) -> None:
         recipe = self.t.recipe
         self.retention = checkpoint.Retention(recipe.keep_checkpoints, recipe.keep_every_kimg, [])
+        self._rows = self._rows_of_labels() if recipe.data.labels else []
+
+    def _rows_of_labels(self) -> list[Label]:
+        """The first classes that have images, or the sets of classes that most images have."""
+        if sets := self.manifest.label_sets:
+            often = sorted(zip(sets.counts, sets.sets, strict=True), key=lambda row: (-row[0], row[1]))
+            return [label for _, label in often[:MOST_ROWS]]
+        return [(i,) for i, count in enumerate(self.manifest.class_counts) if count][:MOST_ROWS]
+
+    @property
+    def row_names(self) -> list[str]:
+        """What the rows of `pictures` are, of a model with labels."""
+        return [name_of(label, self.manifest.class_names) for label in self._rows]
 
     def take_up(self, resumed: checkpoint.Checkpoint) -> int:
         """Go on from a checkpoint: the images that it has seen."""
@@ -65,17 +80,18 @@ class Outputs:
         raise UserError(f"{diverged}; {why}: lower generator.lr and discriminator.lr or raise r1.gamma, and resume")
 
     def pictures(self) -> torch.Tensor:
-        """Samples of the averaged G from the run's fixed latents, [PICTURES, C, H, W] in [−1, 1]."""
-        latents = self.t.draws.latents(GRID_STREAM, range(PICTURES), self.g_ema.z_dim)
+        """Samples of the averaged G from the run's fixed latents in [−1, 1]: [PICTURES, C, H, W], or of a model with
+        labels [rows · COLUMNS, C, H, W], a row for each label, in each column the same latent.
+        """
+        latents = self.t.draws.latents(GRID_STREAM, range(COLUMNS if self._rows else PICTURES), self.g_ema.z_dim)
+        zs, cs = latents.z, latents.c
+        if self._rows:
+            rows = torch.from_numpy(multi_hot(self._rows, self.g_ema.c_dim)).to(cs.device)
+            zs, cs = zs.repeat(len(rows), 1), rows.repeat_interleave(COLUMNS, 0)
+        batch = self.t.recipe.batch
         with torch.no_grad():
-            return torch.cat(
-                [
-                    self.g_ema(z, c, noise_mode="const")
-                    for z, c in zip(
-                        latents.z.split(self.t.recipe.batch), latents.c.split(self.t.recipe.batch), strict=True
-                    )
-                ]
-            ).cpu()
+            pairs = zip(zs.split(batch), cs.split(batch), strict=True)
+            return torch.cat([self.g_ema(z, c, noise_mode="const") for z, c in pairs]).cpu()
 
     def snapshot(self, images: int) -> None:
         self._save(self.snapshot_path(images), images)
@@ -106,7 +122,7 @@ class Outputs:
         if self.t.world.first:
             manifest, recipe = self.manifest, self.t.recipe.to_json()
             facts = {"class_names": manifest.class_names, "sha256": manifest.sha256}
-            facts["resolution"] = plain(manifest.resolution)
+            facts |= {"resolution": plain(manifest.resolution), "multi_label": manifest.label_sets is not None}
             with writable(path.parent):
                 path.parent.mkdir(exist_ok=True)
             save_snapshot(

@@ -36,6 +36,7 @@ class Data(Section):
     channels: Literal[1, 3, 4] = 3                  # grey, RGB or RGBA with straight alpha
     mirror: bool = False                            # x-flips, half of the time
     labels: bool = False                            # train conditionally on the manifest's classes
+    balanced: bool = False                          # every class equally often, among reals and among fakes' labels
     workers: WholeOrZero = 2                        # loader processes per rank
     window: Whole = 16                              # shards shuffled together
     resampled: bool = False                         # endless random shards instead of epochs

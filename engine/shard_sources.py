@@ -14,6 +14,7 @@ manifest spares that: it is what makes a start over many remote shards quick.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -33,13 +34,13 @@ from rich.progress import track
 
 from hsrgan.engine.aside import writable, written_aside
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.labels import FILES, MOST_CLASSES, Label, LabelSets, counts_of, from_text, read_label, to_text
 from hsrgan.engine.shard_cache import GB, ShardCache, claimed
 from hsrgan.engine.shards import IMAGE_FORMATS, MANIFEST, Manifest, Shard, load_manifest, parse_manifest
 from hsrgan.engine.sizes import in_words
 from hsrgan.engine.tar_index import sample_offsets
 from hsrgan.engine.transport import CHUNK, check_scheme, fetch_text, scheme_of
 
-MOST_CLASSES = 100_000  # a larger number in a .cls is not taken for a class
 _CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _THREADS = 8  # shards that are indexed at a time
 
@@ -135,13 +136,13 @@ def _lines(location: str, allow_shell: bool) -> list[str]:
 
 @dataclass
 class _Entry:
-    """What is kept of one shard. image: [suffix, width, height, channels] of the first image that opens."""
+    """What is kept of one shard. labels: how many samples have each, as text. image: [suffix, width, height, channels]
+    of the first image that opens."""
 
     count: int
     sha256: str
     bytes: int
-    labelled: int
-    class_counts: list[int]
+    labels: dict[str, int]
     image: list | None
 
 
@@ -159,10 +160,14 @@ def _indexed(spec: str, locations: list[str], store: ShardCache, *, quiet: bool)
         raise UserError(f"{spec} holds no image of the formats {', '.join(IMAGE_FORMATS)} in 8-bit grey, RGB or RGBA")
     (image_format, width, height, channels), _ = images.most_common(1)[0]
     count = sum(entry.count for entry in entries)
-    counts = np.zeros(max(len(entry.class_counts) for entry in entries), np.int64)
+    labels: Counter[Label] = Counter()
     for entry in entries:
-        counts[: len(entry.class_counts)] += np.array(entry.class_counts, np.int64)  # of [] too, which is float64
-    classes = len(counts) if sum(entry.labelled for entry in entries) > count / 2 else 0
+        labels.update({from_text(text): found for text, found in entry.labels.items()})
+    if sum(labels.values()) <= count / 2:
+        labels.clear()
+    classes = 1 + max((label[-1] for label in labels if label), default=-1)
+    drawn = counts_of(labels, classes)
+    sets = drawn if isinstance(drawn, LabelSets) and classes else None
     shards = [Shard(w, e.count, e.sha256, e.bytes) for w, e in zip(locations, entries, strict=True) if e.count]
     name = hashlib.sha256(json.dumps([shard.sha256 for shard in shards]).encode()).hexdigest()
     console.print(
@@ -173,7 +178,8 @@ def _indexed(spec: str, locations: list[str], store: ShardCache, *, quiet: bool)
     return Manifest(
         root=spec, resolution=(height, width), channels=channels, count=count, image_format=image_format, source=spec,
         num_classes=classes, class_names=tuple(map(str, range(classes))),
-        class_counts=tuple(counts[:classes].tolist()), shards=tuple(shards), sha256=name, index=index, cache=store,
+        class_counts=sets.class_counts if sets else drawn if classes else (), label_sets=sets, shards=tuple(shards),
+        sha256=name, index=index, cache=store,
     )  # fmt: skip
 
 
@@ -191,7 +197,7 @@ def _entry(location: str, index: Path, store: ShardCache) -> _Entry:
     with claimed(path.with_suffix(".part")):  # or every process would read it
         try:
             entry = _Entry(**json.loads(path.read_bytes()))
-            if scheme_of(location) or (index / f"{entry.sha256}.npy").exists():
+            if scheme_of(location) or (index / f"{entry.sha256}.cls.npy").exists():
                 return entry
         except (OSError, ValueError, TypeError):
             pass
@@ -202,14 +208,16 @@ def _entry(location: str, index: Path, store: ShardCache) -> _Entry:
 
 
 def _read_through(location: str, index: Path, store: ShardCache) -> _Entry:
-    labels: list[int] = []
+    labels: dict[int, tuple[str, Label]] = {}  # of a sample: the file that said so, and what
     image: list | None = None
 
-    def look(suffix: str, read: Callable[[], bytes]) -> None:
+    def look(sample: int, suffix: str, read: Callable[[], bytes]) -> None:
         nonlocal image
-        if suffix == "cls":
-            text = read().strip()
-            labels.extend([int(text)] if text.isdigit() and int(text) < MOST_CLASSES else [])
+        if suffix in FILES and labels.get(sample, ("",))[0] != FILES[0]:
+            with contextlib.suppress(ValueError):  # told when its turn comes
+                label = read_label({suffix: read()})
+                if not label or label[-1] < MOST_CLASSES:
+                    labels[sample] = suffix, label
         elif image is None and suffix in IMAGE_FORMATS:
             image = _facts(suffix, read())
 
@@ -229,8 +237,13 @@ def _read_through(location: str, index: Path, store: ShardCache) -> _Entry:
     if not scheme_of(location):  # those of a remote shard are kept beside it
         with written_aside(index / f"{sha256}.npy") as aside, open(aside, "wb") as file:
             np.save(file, offsets)
-    counts = np.bincount(labels).tolist() if labels else []
-    return _Entry(len(offsets) - 1, sha256, size, len(labels), counts, image)
+        classes = np.full(len(offsets) - 1, -1, np.int32)
+        for sample, (_, label) in labels.items():
+            classes[sample] = label[0] if len(label) == 1 else -1
+        with written_aside(index / f"{sha256}.cls.npy") as aside, open(aside, "wb") as file:
+            np.save(file, classes)
+    found = Counter(to_text(label) for _, label in labels.values())
+    return _Entry(len(offsets) - 1, sha256, size, dict(found), image)
 
 
 def _facts(suffix: str, data: bytes) -> list | None:

@@ -1,8 +1,11 @@
-"""A packed data set: numbered WebDataset shards, one sidecar of offsets each, and a manifest.
+"""A packed data set: numbered WebDataset shards, sidecars for each, and a manifest.
 
     photos/
-      00000.tar   tar of `<number>.png` (or jpg, webp) and, where there are labels, `<number>.cls`
-      00000.npy   uint64 [count + 1]: byte offset of each sample's tar fragment, and the end of the last one
+      00000.tar      tar of `<number>.png` (or jpg, webp) and, where there are labels, `<number>.cls`, or
+                     `<number>.json` where an image may have several
+      00000.npy      uint64 [count + 1]: byte offset of each sample's tar fragment, and the end of the last one
+      00000.cls.npy  int32 [count], where every image has one class: that class. Older sets lack it, and
+                     `tools/pack.py --verify` adds it
       …
       manifest.json
 
@@ -21,7 +24,8 @@ import os
 import re
 import tarfile
 import urllib.parse
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO
@@ -29,15 +33,16 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.labels import ClassCounts, Label, LabelSets, counts_of, from_text, to_text
 from hsrgan.engine.sizes import Resolution, in_words, plain, sides
 
 if TYPE_CHECKING:
     from hsrgan.engine.shard_cache import ShardCache
 
-FORMAT = "hsrgan-shards-1"
+FORMAT, MULTI_LABEL_FORMAT = "hsrgan-shards-1", "hsrgan-shards-2"
 MANIFEST = "manifest.json"
 IMAGE_FORMATS = ("png", "jpg", "webp")
-_OURS = re.compile(r"\d{5,}\.(tar|npy)(\.part)?|manifest\.json(\.part)?")
+_OURS = re.compile(r"\d{5,}\.(tar|npy|cls\.npy)(\.part)?|manifest\.json(\.part)?")
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,24 @@ class Shard:
     def offsets_name(self) -> str:
         return self.name.removesuffix(".tar") + ".npy"
 
+    @property
+    def classes_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".cls.npy"
+
+    @property
+    def file_names(self) -> tuple[str, str, str]:
+        return self.name, self.offsets_name, self.classes_name
+
 
 @dataclass(frozen=True)
 class Manifest:
     """What a data set holds. `resolution` is (height, width), in the file as `sizes.plain` has it; `num_classes` is 0
-    without labels; `sha256` is that of the manifest file itself and names the data set.
+    without labels; `sha256` is that of the manifest file itself and names the data set. class_counts: images that have
+    each class. label_sets: of a multi-label data set, and of no other.
 
     root     folder of the shards, or its URL; for shards listed one by one, the list as the user wrote it
-    index    folder of `<sha256>.npy`, the offsets of shards that are listed one by one, whose names are then complete
+    index    folder of `<sha256>.npy` and `.cls.npy`, the sidecars of shards that are listed one by one, whose names
+             are then complete
     cache    holds what is fetched from URLs
     max_bad  share of samples that may be unusable and are then replaced; 0 = none, the first one is an error
     """
@@ -76,6 +91,7 @@ class Manifest:
     class_counts: tuple[int, ...]
     shards: tuple[Shard, ...]
     sha256: str
+    label_sets: LabelSets | None = None
     index: Path | None = None
     cache: ShardCache | None = field(default=None, compare=False, repr=False)
     max_bad: float = 0.0
@@ -91,6 +107,15 @@ class Manifest:
     def offsets_path(self, shard: Shard) -> Path:
         """Of a shard on this machine."""
         return self.index / f"{shard.sha256}.npy" if self.index is not None else self.root / shard.offsets_name
+
+    def classes_path(self, shard: Shard) -> Path:
+        """Of a shard on this machine."""
+        return self.index / f"{shard.sha256}.cls.npy" if self.index is not None else self.root / shard.classes_name
+
+    @property
+    def drawn_labels(self) -> ClassCounts:
+        """What labels are drawn from."""
+        return self.label_sets or self.class_counts
 
     def expect(self, *, resolution: Resolution, channels: int, labels: bool) -> None:
         """Raise `UserError` unless these shards are what a recipe asks for."""
@@ -138,9 +163,10 @@ def parse_manifest(raw: bytes, root: Path | str, file: Path | str) -> Manifest:
 
 def _parse(raw: bytes, root: Path | str) -> Manifest:
     data = json.loads(raw)
-    if data["format"] != FORMAT:
-        raise ValueError(f"format {data['format']!r} is not {FORMAT!r}")
+    if data["format"] not in (FORMAT, MULTI_LABEL_FORMAT):
+        raise ValueError(f"format {data['format']!r} is not {FORMAT!r} or {MULTI_LABEL_FORMAT!r}")
     labels = data["labels"]
+    sets = {from_text(text): int(count) for text, count in labels.get("sets", {}).items()}
     manifest = Manifest(
         root=root,
         resolution=sides(data["resolution"], "resolution"),
@@ -153,6 +179,7 @@ def _parse(raw: bytes, root: Path | str) -> Manifest:
         class_counts=tuple(int(count) for count in labels["class_counts"]),
         shards=tuple(Shard(str(s["name"]), int(s["count"]), str(s["sha256"]), int(s["bytes"])) for s in data["shards"]),
         sha256=hashlib.sha256(raw).hexdigest(),
+        label_sets=LabelSets(int(labels["num_classes"]), tuple(sets), tuple(sets.values())) if sets else None,
     )
     if manifest.image_format not in IMAGE_FORMATS:
         raise ValueError(f"image format {manifest.image_format!r} is not one of {', '.join(IMAGE_FORMATS)}")
@@ -165,6 +192,10 @@ def _parse(raw: bytes, root: Path | str) -> Manifest:
             raise ValueError(f"{shard.name} has no SHA-256")
     if not len(manifest.class_names) == len(manifest.class_counts) == manifest.num_classes:
         raise ValueError(f"it does not name and count its {manifest.num_classes} classes")
+    if any(label and label[-1] >= manifest.num_classes for label in sets):
+        raise ValueError(f"a set of labels has a class above {manifest.num_classes - 1}")
+    if sets and (sum(sets.values()) != manifest.count or manifest.label_sets.class_counts != manifest.class_counts):
+        raise ValueError("its sets of labels do not add up")
     return manifest
 
 
@@ -204,15 +235,19 @@ class ShardFile:
         self._sink = _Hashing(self._file)
         self._tar = tarfile.open(fileobj=self._sink, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._offsets = [0]
+        self._labels: list[int | Label | None] = []
 
     @property
     def count(self) -> int:
         return len(self._offsets) - 1
 
-    def add(self, key: str, image: bytes, label: int | None) -> None:
-        if label is not None:
+    def add(self, key: str, image: bytes, label: int | Label | None) -> None:
+        if isinstance(label, int):
             self._member(f"{key}.cls", str(label).encode())
+        elif label is not None:
+            self._member(f"{key}.json", json.dumps({"labels": label}).encode())
         self._member(f"{key}.{self._image_format}", image)
+        self._labels.append(label)
         self._offsets.append(self._tar.offset)
 
     def _member(self, name: str, data: bytes) -> None:
@@ -224,11 +259,16 @@ class ShardFile:
         self._tar.close()
         size = self._file.tell()
         _sync_and_close(self._file)
-        with open(f"{self._base}.npy.part", "wb") as file:
-            np.save(file, np.array(self._offsets, np.uint64))
-        os.replace(f"{self._base}.npy.part", f"{self._base}.npy")
+        self._save(".npy", np.array(self._offsets, np.uint64))
+        if all(isinstance(label, int) for label in self._labels):
+            self._save(".cls.npy", np.array(self._labels, np.int32))
         os.replace(f"{self._base}.tar.part", f"{self._base}.tar")
         return Shard(f"{self._base.name}.tar", self.count, self._sink.sha256.hexdigest(), size)
+
+    def _save(self, suffix: str, array: np.ndarray) -> None:
+        with open(f"{self._base}{suffix}.part", "wb") as file:
+            np.save(file, array)
+        os.replace(f"{self._base}{suffix}.part", f"{self._base}{suffix}")
 
     def drop(self) -> None:
         with contextlib.suppress(OSError), self._file:  # a full disk fails here once more
@@ -272,7 +312,7 @@ class ShardWriter:
         self.folder = Path(folder)
         self.image_format = image_format
         self.shard_size = shard_size
-        self._class_counts = [0] * len(class_names)
+        self._labels: Counter[Label] = Counter()
         self._facts = {"resolution": resolution, "channels": channels, "image_format": image_format}
         self._facts |= {"quality": quality, "source": source}
         self._class_names = list(class_names)
@@ -287,15 +327,15 @@ class ShardWriter:
         self._mark.touch()
         remove_shards(self.folder)
 
-    def add(self, image: bytes, label: int | None = None) -> None:
-        """Append one encoded image, with its class when the data set has classes."""
+    def add(self, image: bytes, label: int | Label | None = None) -> None:
+        """Append one encoded image, with its class when the data set has classes, or its classes: all as one."""
         if (label is not None) != bool(self._class_names):
             raise ValueError("a data set has a label for every image or for none")
         if self._shard is None:
             self._shard = ShardFile(self.folder, len(self._shards), self.image_format)
         self._shard.add(f"{self.count:08d}", image, label)
         if label is not None:
-            self._class_counts[label] += 1
+            self._labels[(label,) if isinstance(label, int) else label] += 1
         self.count += 1
         if self._shard.count == self.shard_size:
             self._end_shard()
@@ -308,7 +348,7 @@ class ShardWriter:
         """End the last shard and write the manifest, which makes the data set complete."""
         if self._shard is not None:
             self._end_shard()
-        write_manifest(self.folder, self._shards, self._class_names, self._class_counts, **self._facts)
+        write_manifest(self.folder, self._shards, self._class_names, self._labels, **self._facts)
 
     def abort(self) -> None:
         """Remove everything this writer wrote."""
@@ -338,7 +378,7 @@ def write_manifest(
     folder: Path,
     shards: Sequence[Shard],
     class_names: Sequence[str],
-    class_counts: Sequence[int],
+    labels: Mapping[Label, int],
     *,
     resolution: tuple[int, int],
     channels: int,
@@ -346,9 +386,12 @@ def write_manifest(
     quality: int | None,
     source: str,
 ) -> None:
-    """The last step of packing: manifest.json appears and manifest.json.part goes. Arguments as `ShardWriter`'s."""
+    """The last step of packing: manifest.json appears and manifest.json.part goes. Arguments as `ShardWriter`'s;
+    labels: how many images have each."""
+    counts = counts_of(labels, len(class_names))
+    multi_label = isinstance(counts, LabelSets)
     manifest = {
-        "format": FORMAT,
+        "format": MULTI_LABEL_FORMAT if multi_label else FORMAT,
         "source": source,
         "resolution": plain(resolution),
         "channels": channels,
@@ -357,7 +400,8 @@ def write_manifest(
         "labels": {
             "num_classes": len(class_names),
             "class_names": list(class_names),
-            "class_counts": list(class_counts),
+            "class_counts": list(counts.class_counts if multi_label else counts),
+            **({"sets": {to_text(label): count for label, count in sorted(labels.items())}} if multi_label else {}),
         },
         "shards": [asdict(shard) for shard in shards],
     }

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -151,16 +152,24 @@ class RunLog:
         if self._active:
             save_png(image_grid(images), self.run_dir / "reals.png")
 
-    def fakes(self, images: Tensor, kimg: float) -> None:
+    def fakes(self, images: Tensor, kimg: float, rows: Sequence[str] = ()) -> None:
         """Write samples/fakes-<kimg>.png and the same grid, without alpha, to TensorBoard. Runs under 100 kimg name
         tenths.
+
+        rows: what the rows of the grid are; named in TensorBoard beside it and, once a run, in the log.
         """
         if not self._active:
             return
         stamp = f"{kimg:08.1f}" if self._total_images < 100_000 else f"{round(kimg):06d}"
-        save_png(image_grid(images), self.run_dir / "samples" / f"fakes-{stamp}.png")
+        cols = len(images) // len(rows) if rows else None
+        save_png(image_grid(images, cols=cols), self.run_dir / "samples" / f"fakes-{stamp}.png")
         with writable(self.run_dir / "tensorboard"):
-            self._board.image("fakes", np.asarray(opaque(image_grid(images, scale=1))), round(kimg * 1000))
+            grid = np.asarray(opaque(image_grid(images, cols=cols, scale=1)))
+            self._board.image("fakes", grid, round(kimg * 1000))
+            if rows:
+                self._board.text("fakes/rows", ", ".join(rows), round(kimg * 1000))
+        if rows and kimg == 0:
+            self.note("rows", f"rows of samples/fakes-*.png: {', '.join(rows)}")
 
     def step(self, images_seen: int) -> None:
         """Note that `images_seen` images are done, and move the progress line at most twice a second."""

@@ -27,12 +27,12 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def sample_offsets(file: BinaryIO, look: Callable[[str, Callable[[], bytes]], None] | None = None) -> np.ndarray:
+def sample_offsets(file: BinaryIO, look: Callable[[int, str, Callable[[], bytes]], None] | None = None) -> np.ndarray:
     """uint64 [count + 1]: where each sample of the tar in `file` begins, and where the last one ends.
 
     Files of one key in a row are a sample, as in webdataset; a file of any other name is a sample of its own, which
-    will be found to be none when its turn comes. look(suffix, read) is called for every file. Raises `ValueError` for
-    a file that is no tar, is cut off or damaged between two files.
+    will be found to be none when its turn comes. look(sample, suffix, read) is called for every file. Raises
+    `ValueError` for a file that is no tar, is cut off or damaged between two files.
     """
     starts, end = [], 0
     key, suffixes = None, set()
@@ -49,7 +49,7 @@ def sample_offsets(file: BinaryIO, look: Callable[[str, Callable[[], bytes]], No
                 suffixes.add(suffix)
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 if look:
-                    look(suffix, lambda member=member: tar.extractfile(member).read())
+                    look(len(starts) - 1, suffix, lambda member=member: tar.extractfile(member).read())
             stop = tar.offset
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(str(error)) from None

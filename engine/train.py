@@ -105,7 +105,7 @@ def _loop(
             log.note("rollback" if diverged else "resume", f"{why}resuming at {images / 1000:g} kimg{anew}")
         else:
             log.reals(next(open_stream(manifest, seed=recipe.seed, start=0, global_batch=PICTURES))[0])
-            log.fakes(out.pictures(), 0.0)
+            log.fakes(out.pictures(), 0.0, out.row_names)
         for reals_uint8, real_c in stream:
             if images >= total:
                 break
@@ -137,7 +137,7 @@ def _loop(
                     return out.roll_back(now_diverged, resumed if diverged else None)
             if last or _crossed(recipe.image_kimg, seen, images):
                 with writing():
-                    log.fakes(out.pictures(), images / 1000)
+                    log.fakes(out.pictures(), images / 1000, out.row_names)
             if last or _crossed(recipe.snapshot_kimg, seen, images):
                 with writing():
                     out.snapshot(images)

@@ -157,7 +157,7 @@ def test_mistakes_in_fitting_are_one_line(photos, tmp_path, monkeypatch):
     assert "did you mean resnet18" in say(good, "--model", "resnett18")
     resolution = ("--resolution", "16")
     assert "t.gone cannot be read" in line(run(FIT, folder, "--table", tmp_path / "t.gone", *resolution))
-    assert "has no labels: pack it with --labels, or give --table" in line(run(FIT, folder, *resolution))
+    assert "one label for each image: pack it with --labels, or give --table" in line(run(FIT, folder, *resolution))
     assert "give --resolution" in line(run(FIT, folder))
     assert "cannot be written" in line(run(FIT, folder, "--out", tmp_path / "gone" / "a.st"))
     assert not (tmp_path / "a.st").exists()

@@ -40,12 +40,32 @@ def test_what_waits_is_not_counted(monkeypatch):
     assert bench_data.timed(stream, 4, 3.0) == 2 * 10 / 3 and len(taken) == 6
 
 
+def test_a_cell_ends_with_its_seconds(files, monkeypatch):
+    clock, order = [0.0], []
+
+    def slow(name):
+        while True:
+            clock[0] += 1
+            order.append(name)
+            yield [0] * 8
+
+    monkeypatch.setattr(bench_data.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(bench_data, "LOADERS", {n: lambda *_, n=n: slow(n) for n in ("hsrgan", "b", "c")})
+    said = []
+    rows = bench_data.bench(files, 8, 2, 100.0, 50, said.append)
+    turns = len(rows[0]["turns"])  # one takes (3 · 2 + 1 batches ahead and one that counts) · 3 loaders = 24
+    assert clock[0] == 24 * turns <= 100 and turns == 4 and len(said) == 12
+    assert [row["img_s"] for row in rows] == [8.0] * 3
+    assert (said[0], said[3]) == ("c, turn 1 of 50", "hsrgan, turn 2 of 50")
+    assert len(bench_data.bench(files, 8, 0, 1.0, 3, said.append)[0]["turns"]) == 1  # whatever the budget
+
+
 def test_table_and_json(tmp_path):
     arguments = ["--resolutions", "32,64", "--images", "16", "--batch", "8", "--workers", "0", "--seconds", "0.05",
                  "--turns", "2", "--json", str(tmp_path / "rows.json")]  # fmt: skip
     done = CliRunner().invoke(bench_data.app, arguments, catch_exceptions=False)
     assert done.exit_code == 0 and "64²" in done.stdout
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "rows.json").read_text())
     expected = [(side, name) for side in (32, 64) for name in bench_data.LOADERS]
     assert [(row["resolution"], row["loader"]) for row in rows] == expected
     for row in rows:

@@ -243,7 +243,7 @@ DAMAGE = {
     "another resolution": (lambda r: replace_sample(r, BIG), "sample 4 of .*00002.tar is 8x8, .* says 4x4"),
     "grey among colour": (lambda r: replace_sample(r, GREY), "sample 4 of .*00002.tar is a L image, .* 3 channel"),
     "half an image": (lambda r: replace_sample(r, GREY[:40]), "sample 4 of .*00002.tar is no whole png"),
-    "label out of range": (lambda r: replace_sample(r, encode(picture(4)), b"5"), "sample 4 .* label b'5', .* 0 to 4"),
+    "label out of range": (lambda r: replace_sample(r, encode(picture(4)), b"5"), "sample 4 .* label 5, .* 0 to 4"),
     "label not a number": (lambda r: replace_sample(r, encode(picture(4)), b"cat"), "sample 4 of .* label b'cat'"),
     "no manifest": (lambda r: (r / "manifest.json").unlink(), "there is no .*manifest.json: make it"),
     "no hash": (lambda r: edit_manifest(r, lambda m: m["shards"][0].update(sha256="../x")), "00000.tar has no SHA-256"),

@@ -1,16 +1,18 @@
 """Time the loader beside plain webdataset and torchvision's ImageFolder, on the same encoded images.
 
     python tools/bench_data.py                          32², 256² and 1024² PNG, no worker and two
-    python tools/bench_data.py --format jpg --workers 8 --json benchmarks/data.json
+    python tools/bench_data.py --format jpg --workers 8 --json benchmarks/data_cpu.json
 
 Images are made like photographs (a 1/f spectrum), written as files and as shards with the same bytes. Before anything
 is timed, all three must have given the same pixels, each image once an epoch. They take turns, so that what else the
 machine does falls on all of them; after a turn's first batches, which were decoded ahead, each is read for a while.
+A cell of the table (a resolution with a number of workers) has a budget of time; the whole takes about three minutes.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import io
 import json
@@ -29,7 +31,7 @@ import typer
 import webdataset as wds
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -39,7 +41,8 @@ from hsrgan.engine.samples import PIL_FORMATS
 from hsrgan.engine.shards import Manifest, ShardWriter, load_manifest
 from hsrgan.tools.bench_kernels import now, versions
 
-COUNTS = {32: 8192, 64: 4096, 128: 2048, 256: 1024, 512: 256, 1024: 64}  # images of each resolution
+COUNTS = {32: 4096, 64: 2048, 128: 1024, 256: 512, 512: 128, 1024: 64}  # images of each resolution
+BATCH_PIXELS = 2**20  # at most: a larger batch of large images would leave few in an epoch, and the others pause there
 SHARDS = 16
 
 
@@ -58,14 +61,13 @@ class Files:
 
 def photograph(side: int, rng: np.random.Generator) -> Image.Image:
     """RGB noise of equal power in every octave, as natural images have about; half of it common to the channels."""
-    total = np.zeros((side, side, 3), np.float32)
+    total = np.zeros((3, 1, 1), np.float32)
     for octave in range(1, side.bit_length()):
-        small = rng.standard_normal((2**octave, 2**octave, 4)).astype(np.float32)
-        for c in range(3):
-            grey = Image.fromarray(small[..., 3] + small[..., c])
-            large = grey.resize((side, side), Image.Resampling.BICUBIC)
-            total[..., c] += np.asarray(large) * 0.75 ** max(octave - 4, 0)
-    return Image.fromarray(np.clip(128 + 22 * total, 0, 255).astype(np.uint8))
+        size = 2**octave
+        large = [Image.fromarray(plane).resize((size, size), Image.Resampling.BICUBIC) for plane in total]
+        noise = rng.standard_normal((4, size, size), np.float32)
+        total = np.stack([np.asarray(plane) for plane in large]) + (noise[:3] + noise[3]) * 0.75 ** max(octave - 4, 0)
+    return Image.fromarray(np.clip(128 + 22 * total, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def make(folder: Path, side: int, count: int, image_format: str) -> Files:
@@ -148,12 +150,20 @@ def timed(stream: Iterator[torch.Tensor], ahead: int, seconds: float) -> float:
     return images / now
 
 
-def bench(files: Files, batch: int, workers: int, seconds: float, turns: int) -> list[dict]:
+def bench(
+    files: Files, batch: int, workers: int, seconds: float, turns: int, told: Callable[[str], None]
+) -> list[dict]:
+    """In about `seconds`, of which half goes by between a turn's begin and its first batch that counts; fewer turns
+    where more does. told: of each turn as it begins."""
     streams = {name: loader(files, batch, workers) for name, loader in LOADERS.items()}
     rates: dict[str, list[float]] = {name: [] for name in LOADERS}
-    for _ in range(turns):
-        for name, stream in streams.items():
-            rates[name].append(timed(stream, 3 * workers + 1, seconds))
+    began = time.perf_counter()
+    for turn in range(turns):
+        if turn and (time.perf_counter() - began) * (turn + 1) / turn > seconds:
+            break
+        for name in list(streams)[:: 1 if turn % 2 else -1]:  # none is always first
+            told(f"{name}, turn {turn + 1} of {turns}")
+            rates[name].append(timed(streams[name], 3 * workers + 1, seconds / turns / len(streams) / 2))
     for stream in streams.values():
         stream.close()
     faster = max(statistics.median(rates[name]) for name in LOADERS if name != "hsrgan")
@@ -180,6 +190,10 @@ def print_rows(rows: list[dict], console: Console) -> None:
     console.print(table)
 
 
+def _tell(progress: Progress, task: TaskID, where: str, what: str) -> None:
+    progress.update(task, advance=1, description=where + what)
+
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -196,10 +210,10 @@ def main(
     resolutions: Annotated[str, typer.Option(help="Sides of the images.")] = "32,256,1024",
     format: Annotated[Format, typer.Option(help="How they are encoded.")] = Format.png,
     workers: Annotated[str, typer.Option(help="Loader processes, a run for each number.")] = "0,2",
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch; at most those that there are.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch at most; fewer of large images.")] = 32,
     images: Annotated[int | None, typer.Option(min=1, help="Of each size; by default less the larger.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.05, help="Of one turn.")] = 3.0,
-    turns: Annotated[int, typer.Option(min=1, help="Of each loader.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.05, help="For a resolution with a number of workers.")] = 15.0,
+    turns: Annotated[int, typer.Option(min=1, help="Of each loader, as far as the seconds reach.")] = 9,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there too.")] = None,
 ) -> None:
     """Images a second of the loader beside plain webdataset and ImageFolder, on the same files."""
@@ -208,17 +222,22 @@ def main(
         sides = _numbers(resolutions, "--resolutions", COUNTS.__contains__)
         counts = _numbers(workers, "--workers", lambda n: True)
         facts = {"cpus": len(os.sched_getaffinity(0)), "versions": versions(), "date": now()}
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         for side in sides:
             with tempfile.TemporaryDirectory(prefix="bench_data-") as folder:
                 files = make(Path(folder), side, images or COUNTS[side], format.value)
-                size = min(batch, files.manifest.count)
-                check_equal(files, size)
-                for number in counts:
-                    rows += [row | facts for row in bench(files, size, number, seconds, turns)]
+                size = min(batch, files.manifest.count, max(2, BATCH_PIXELS // side**2))
+                with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                    task = progress.add_task(f"{side}²: comparing pixels", total=len(counts) * len(LOADERS) * turns)
+                    check_equal(files, size)
+                    for i, number in enumerate(counts):
+                        progress.update(task, completed=i * len(LOADERS) * turns)
+                        told = functools.partial(_tell, progress, task, f"{side}², {number} workers: ")
+                        rows += [row | facts for row in bench(files, size, number, seconds, turns, told)]
         print_rows(rows, console)
         if json_file:
             json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+            json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def labelled(images: Images, table: Path | None, data: str) -> tuple[list[str], 
                             f"{absent[0]}: add them, or leave those images out")
         return names, torch.tensor([rows[name] for name in images.names])
     if images.labels is None:
-        raise UserError(f"{data} has no labels: pack it with --labels, or give --table")
+        raise UserError(f"{data} does not have one label for each image: pack it with --labels, or give --table")
     return list(images.class_names), F.one_hot(images.labels, len(images.class_names)).float()
 
 

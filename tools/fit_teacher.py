@@ -97,7 +97,8 @@ def read_images(data: str, resolution: int) -> Images:
     if not pixels:
         raise UserError(f"{data} holds no readable image: name a folder, zip or LMDB of images, or packed shards")
     stack = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return Images(stack, None if source.labels is None else torch.tensor(labels), source.class_names, names)
+    one_each = source.labels is not None and source.label_sets is None
+    return Images(stack, torch.tensor(labels) if one_each else None, source.class_names, names)
 
 
 def _fitting(count: int, size: int) -> int:
@@ -126,7 +127,7 @@ def _read_shards(path: Path, resolution: int) -> Images:
         first.append(first[-1] + shard.count)
     places = (plan[position] for position in range(count))
     names = [f"{first[shard] + sample:08d}" for shard, sample, _ in places]
-    known = torch.cat(labels).argmax(1) if manifest.num_classes else None
+    known = torch.cat(labels).argmax(1) if manifest.num_classes and manifest.label_sets is None else None
     return Images(torch.cat(pixels), known, manifest.class_names, names)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import signal
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.labels import from_text
 from hsrgan.engine.shards import check_target, folder_lock, load_manifest, write_manifest
 from hsrgan.engine.sizes import block_sizes, in_words
 from hsrgan.tools.pack_images import Crop, Filter, Format, Recipe
@@ -72,13 +74,17 @@ def write(
     finally:
         packers.close()  # first: none may still write
         record.close()
-    counts = [sum(done.classes.get(label, 0) for done in finished) for label in range(len(source.class_names))]
+    labels = Counter()
+    for done in finished:
+        labels.update({from_text(text): count for text, count in done.classes.items()})
     write_manifest(
-        folder, shards, source.class_names, counts, resolution=recipe.resolution,
+        folder, shards, source.class_names, labels, resolution=recipe.resolution,
         channels=recipe.channels, image_format=recipe.format.value, quality=recipe.quality, source=what,
     )  # fmt: skip
     skipped, enlarged = (sum(values) for values in zip(*((len(d.skipped), d.enlarged) for d in finished), strict=True))
     classes = f", {len(source.class_names)} classes" if source.class_names else ""
+    if source.label_sets is not None:
+        classes += f" in {len(labels)} sets (multi-label)"
     notes, side = f"; {skipped} skipped" if skipped else "", in_words(recipe.resolution)
     if enlarged:
         notes += f"; {enlarged} smaller than {side} and enlarged"
@@ -91,6 +97,7 @@ def _digest(source: Source) -> str:
     digest = hashlib.sha256(source.names.text)
     digest.update(source.names.ends.tobytes())
     digest.update(b"" if source.labels is None else np.ascontiguousarray(source.labels).tobytes())
+    digest.update(b"" if source.label_sets is None else repr(source.label_sets).encode())
     return digest.hexdigest()
 
 
@@ -140,8 +147,8 @@ def pack(
         bool | None,
         typer.Option(
             "--labels/--no-labels",
-            help="Classes from a dataset.json in SOURCE, else from its sub-folders. By default used where found; "
-            "sub-folders of a zip only with --labels.",
+            help="Classes from a dataset.json in SOURCE (a number for each image, a list of them or a 0/1 vector), "
+            "else from its sub-folders. By default used where found; sub-folders of a zip only with --labels.",
             show_default=False,
         ),
     ] = None,
@@ -160,7 +167,8 @@ def pack(
                                  show_default=False)
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="SOURCE is a packed data set: read all of it again and list what is wrong.")
+        bool, typer.Option("--verify", help="SOURCE is a packed data set: read all of it again and list what is wrong. "
+                             "Adds the class indexes (*.cls.npy) that sets of older versions lack.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a complete data set in DEST.")] = False,
 ) -> None:

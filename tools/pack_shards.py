@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.labels import Label, to_text
 from hsrgan.engine.shards import MANIFEST, Shard, ShardFile, remove_shards
 from hsrgan.tools.pack_images import Recipe
 from hsrgan.tools.pack_sources import Source, reader
@@ -33,7 +34,7 @@ _counter = _stop = None  # shared with the process that started this one
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to be: where its images are, their names in order, their entries in a zip, their classes."""
+    """One shard to be: where its images are, their names in order, their entries in a zip, their labels."""
 
     folder: Path
     number: int
@@ -41,17 +42,17 @@ class Job:
     source: tuple[str, str]
     names: list[str]
     entries: np.ndarray | None
-    labels: list[int] | None
+    labels: list[int] | list[Label] | None
     recipe: Recipe
 
 
 @dataclass
 class Done:
-    """What became of a job. shard: None where no image could be used; classes: how many images of each."""
+    """What became of a job. shard: None where no image could be used; classes: how many images of each label."""
 
     number: int
     shard: Shard | None
-    classes: dict[int, int] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
     enlarged: int = 0
     size: int = 0  # bytes of the encoded images
@@ -133,10 +134,11 @@ def pack_shard(job: Job) -> Done:
                 continue
             label = None if job.labels is None else job.labels[i]
             file.add(f"{job.first + i:08d}", image, label)
-            classes[label] += label is not None
+            if label is not None:
+                classes[to_text((label,) if isinstance(label, int) else label)] += 1
             done.enlarged += is_enlarged
             done.size += len(image)
-        done.classes = {label: n for label, n in sorted(classes.items()) if n} if job.labels else {}
+        done.classes = dict(sorted(classes.items()))
         if file.count:
             done.shard = file.end()
         return done
@@ -156,7 +158,7 @@ def jobs_of(
             yield Job(
                 folder, number, first, (source.kind, str(source.path)), [source.names[i] for i in rows],
                 None if source.entries is None else source.entries[rows],
-                None if source.labels is None else source.labels[rows].tolist(), recipe,
+                source.labels_of(rows), recipe,
             )  # fmt: skip
 
 
@@ -177,7 +179,7 @@ class Record:
                 if done.shard is None or (folder / done.shard.name).stat().st_size == done.shard.bytes:
                     self.done[done.number] = done
         shards = [done.shard for done in self.done.values() if done.shard]
-        remove_shards(folder, {name for shard in shards for name in (shard.name, shard.offsets_name)})
+        remove_shards(folder, {name for shard in shards for name in shard.file_names})
         self._file = self.path.open("w", encoding="utf-8")
         for line in (head, *(json.dumps(asdict(done)) for done in self.done.values())):
             self._write(line)
@@ -195,12 +197,11 @@ class Record:
         """Leaves finished shards and this record, or nothing where there are none."""
         self._file.close()
         shards = [done.shard for done in self.done.values() if done.shard]
-        remove_shards(self.path.parent, {name for shard in shards for name in (shard.name, shard.offsets_name)})
+        remove_shards(self.path.parent, {name for shard in shards for name in shard.file_names})
         if not shards and self.path.exists():
             self.path.unlink()
 
 
 def _done(row: dict) -> Done:
     shard = Shard(**row["shard"]) if row["shard"] else None
-    classes = {int(label): count for label, count in row["classes"].items()}
-    return Done(**row | {"shard": shard, "classes": classes})
+    return Done(**row | {"shard": shard})

@@ -7,13 +7,12 @@ source is being listed, each name also is a string of Python's.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +20,9 @@ import lmdb
 import numpy as np
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.labels import Label
 from hsrgan.tools.pack_images import Unusable
+from hsrgan.tools.pack_labels import CHUNK, read_labels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ENTRY = np.dtype([("at", "<u8"), ("size", "<u8"), ("crc", "<u4"), ("method", "<u2"), ("flags", "<u2")])
@@ -48,7 +49,8 @@ class Names:
 
 @dataclass(frozen=True)
 class Source:
-    """Images by name, in a fixed order. labels: int32, a class for each, or None. entries: where they are in a zip."""
+    """Images by name, in a fixed order. labels: int32, a class for each, or its place in `label_sets` where images may
+    have several, or None. entries: where they are in a zip."""
 
     kind: str
     path: Path
@@ -56,6 +58,13 @@ class Source:
     labels: np.ndarray | None = None
     class_names: Sequence[str] = ()
     entries: np.ndarray | None = None
+    label_sets: Sequence[Label] | None = None
+
+    def labels_of(self, rows: np.ndarray) -> list[int] | list[Label] | None:
+        """As `ShardFile.add` takes them."""
+        if self.labels is None or self.label_sets is None:
+            return None if self.labels is None else self.labels[rows].tolist()
+        return [self.label_sets[i] for i in self.labels[rows].tolist()]
 
 
 @functools.cache
@@ -89,7 +98,7 @@ def open_source(path: Path, *, labels: bool | None, resolution: int) -> Source:
         listed = "dataset.json" in found
         names = sorted(name for name in found if _is_image(name))
         del found
-        table = (path / "dataset.json").read_bytes() if listed else None
+        table = functools.partial(_chunks_of_file, path / "dataset.json") if listed else None
         return _labelled(Source("folder", path, Names(names)), names, labels, table, by_folder=labels is not False)
     if not path.exists():
         raise UserError(f"there is no {path}: name a folder, a zip or an LMDB of images")
@@ -112,12 +121,12 @@ def _open_zip(path: Path, labels: bool | None) -> Source:
                     table = entry
         except (struct.error, UnicodeDecodeError):
             raise UserError(f"{path} is no folder, no zip and no LMDB: name one of those") from None
-        table = table and _read_entry(archive, np.frombuffer(table, _ENTRY)[0])
     rows = np.frombuffer(entries, _ENTRY)
     order = sorted(range(len(names)), key=names.__getitem__)  # stable: of two files of one name the last is meant
     order = [i for at, i in enumerate(order) if at + 1 == len(order) or names[order[at + 1]] != names[i]]
     names = [names[i] for i in order]
     source = Source("zip", path, Names(names), entries=rows[order])
+    table = table and functools.partial(_chunks_of_entry, path, np.frombuffer(table, _ENTRY)[0])
     # Zips made by NVIDIA's tool have sub-folders that mean nothing, so here they are classes only on demand.
     return _labelled(source, names, labels, table, by_folder=labels is True)
 
@@ -170,12 +179,16 @@ def _zip64(extra: bytes, whole: int, packed: int, at: int) -> tuple[int, int]:
     return packed, at
 
 
-def _read_entry(archive: BinaryIO, entry: np.void) -> bytes:
-    descriptor, at = archive.fileno(), int(entry["at"])
-    name, extra = struct.unpack_from("<2H", os.pread(descriptor, 30, at), 26)
-    data = os.pread(descriptor, int(entry["size"]), at + 30 + name + extra)
+def _data_of_entry(archive: BinaryIO, entry: np.void) -> int:
+    """Where the compressed bytes begin."""
     if entry["flags"] & _ENCRYPTED or entry["method"] not in (_STORED, _DEFLATED):
         raise Unusable("encrypted, or compressed by other means than deflate")
+    name, extra = struct.unpack_from("<2H", os.pread(archive.fileno(), 30, int(entry["at"])), 26)
+    return int(entry["at"]) + 30 + name + extra
+
+
+def _read_entry(archive: BinaryIO, entry: np.void) -> bytes:
+    data = os.pread(archive.fileno(), int(entry["size"]), _data_of_entry(archive, entry))
     try:
         data = zlib.decompress(data, -15) if entry["method"] == _DEFLATED else data
     except zlib.error as error:
@@ -185,53 +198,57 @@ def _read_entry(archive: BinaryIO, entry: np.void) -> bytes:
     return data
 
 
+def _chunks_of_file(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _chunks_of_entry(path: Path, entry: np.void) -> Iterator[bytes]:
+    """As `_read_entry`, a little at a time."""
+    with open(path, "rb") as archive:
+        at, left, crc = _data_of_entry(archive, entry), int(entry["size"]), 0
+        archive.seek(at)
+        inflate = zlib.decompressobj(-15) if entry["method"] == _DEFLATED else None
+        while left and (chunk := archive.read(min(left, CHUNK))):
+            left -= len(chunk)
+            try:
+                chunk = inflate.decompress(chunk) if inflate else chunk
+            except zlib.error as error:
+                raise Unusable(f"its compressed bytes are damaged ({error})") from None
+            crc = zlib.crc32(chunk, crc)
+            yield chunk
+        if crc != entry["crc"]:
+            raise Unusable("its checksum in the zip is another")
+
+
 def _labelled(
-    source: Source, names: list[str], labels: bool | None, table: bytes | None, *, by_folder: bool
+    source: Source, names: list[str], labels: bool | None, table: Callable[[], Iterator[bytes]] | None, *,
+    by_folder: bool,
 ) -> Source:
     path = source.path
     if not names:
         raise UserError(f"{path} holds no images ({' '.join(SUFFIXES)}): name the folder or zip that does")
     if labels is not False and table is not None:
-        classes = _classes_of_json(path, table, names)
-        if classes is not None:
-            return _with(source, classes, [str(i) for i in range(int(classes.max()) + 1)])
+        try:
+            found = read_labels(path, table(), names)
+        except Unusable as error:
+            raise UserError(f"dataset.json in {path} cannot be read ({error}): zip it again") from None
+        if found is not None:
+            numbers, sets, count = found
+            return replace(source, labels=numbers, class_names=[str(i) for i in range(count)], label_sets=sets)
     if by_folder and all("/" in name for name in names):
         tops = sorted({name.split("/")[0] for name in names})
         if len(tops) >= 2:
             numbers = {top: i for i, top in enumerate(tops)}
             classes = np.fromiter((numbers[name.split("/")[0]] for name in names), np.int32, len(names))
-            return _with(source, classes, tops)
+            return replace(source, labels=classes, class_names=tops)
     if labels:
         raise UserError(
             f"{path} has no labels: they come from a dataset.json in it, or from at least two sub-folders that hold "
             "all the images; leave out --labels to pack without"
         )
     return source
-
-
-def _with(source: Source, labels: np.ndarray, class_names: Sequence[str]) -> Source:
-    return Source(source.kind, source.path, source.names, labels, class_names, source.entries)
-
-
-def _classes_of_json(path: Path, raw: bytes, names: Sequence[str]) -> np.ndarray | None:
-    """NVIDIA's {"labels": [["00000/img0.png", 3], …]}; None where it says that there are no labels."""
-    try:
-        pairs = json.loads(raw)["labels"]
-        if not pairs:
-            return None
-        listed = {name.replace("\\", "/"): label for name, label in pairs}
-        del pairs
-    except (ValueError, TypeError, KeyError) as error:
-        form = '{"labels": [["a.png", 3], …]}'
-        raise UserError(f"dataset.json in {path} is not of the form {form} ({error!r}): mend or remove it") from None
-    classes = np.zeros(len(names), np.int32)
-    for i, name in enumerate(names):
-        label = listed.get(name)
-        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-            fault = f"gives {name} the label {label!r}, no whole number" if name in listed else f"does not list {name}"
-            raise UserError(f"dataset.json in {path} {fault}: mend it, or pack with --no-labels")
-        classes[i] = label
-    return classes
 
 
 def _open_base(path: Path) -> lmdb.Environment:

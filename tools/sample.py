@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hsrgan.engine.aside import writable
 from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.labels import Label, multi_hot, parse_label
 from hsrgan.engine.metrics.directions import load_directions
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, save_png, to_uint8
@@ -81,8 +82,8 @@ def generate(
 ) -> Tensor:
     """The images of `seeds`, uint8 [N, C, H, W] on the CPU, made `batch` at a time where the generator lives.
 
-    classes: [N] int64; by default drawn from each seed. shift [w_dim] is added to every w, after truncation. Shows
-    progress.
+    classes: [N] int64, or labels [N, c_dim]; by default a class is drawn from each seed. shift [w_dim] is added to
+    every w, after truncation. Shows progress.
     """
     device = next(generator.parameters()).device
     images = []
@@ -95,7 +96,9 @@ def generate(
             part = seeds[start : start + batch]
             z, drawn = draw(part, generator)
             chosen = drawn if classes is None else classes[start : start + batch]
-            c = torch.nn.functional.one_hot(chosen, generator.c_dim).float().to(device) if generator.c_dim else None
+            if generator.c_dim and chosen.ndim == 1:
+                chosen = torch.nn.functional.one_hot(chosen, generator.c_dim).float()
+            c = chosen.to(device) if generator.c_dim else None
             noise = layer_noise(part, generator).to(device) if noise_mode == "random" else None
             ws = generator.mapping(z.to(device), c, truncation_psi=psi, truncation_cutoff=cutoff)
             if shift is not None:
@@ -112,17 +115,20 @@ def place(generator: Generator) -> Generator:
     return generator.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _rows_of_classes(label: str | None, generator: Generator, snapshot: Path) -> list[int | None]:
-    """The class of each row of the grid; one None where seeds choose their own class or the model has none."""
+def _rows_of_labels(label: str | None, generator: Generator, snapshot: Path, dataset: dict) -> list[Label | None]:
+    """The label of each row of the grid; one None where seeds choose their own class or the model has none."""
     if label is None:
         return [None]
     if not generator.c_dim:
         raise UserError(f"--label {label}: {snapshot} was trained without labels; leave --label out")
     if label == "all":
-        return list(range(generator.c_dim))
-    if not label.isdecimal() or int(label) >= generator.c_dim:
-        raise UserError(f"--label {label}: {snapshot} has the classes 0 to {generator.c_dim - 1}; give one, or all")
-    return [int(label)]
+        return [(i,) for i in range(generator.c_dim)]
+    return [
+        parse_label(
+            label, generator.c_dim, dataset.get("class_names", ()), several=dataset.get("multi_label", False),
+            where=f"--label {label}: {snapshot}",
+        )
+    ]  # fmt: skip
 
 
 def edit_shift(edits: Sequence[str], file: Path | None, generator: Generator, snapshot: Path) -> Tensor | None:
@@ -157,7 +163,9 @@ def main(
     psi: Annotated[float, typer.Option(help="Truncation: 1 = none, 0 = the average picture.")] = 1.0,
     cutoff: Annotated[int | None, typer.Option(min=1, help="Truncate only this many ws, the coarsest.")] = None,
     label: Annotated[
-        str | None, typer.Option(help="A class, or 'all': a row for each. By default each seed draws its class.")
+        str | None,
+        typer.Option(help="A class by number or name (several with commas for a multi-label model), or 'all': a row "
+                          "for each class. By default each seed draws its class."),
     ] = None,
     noise: Annotated[Noise, typer.Option(help="Layer noise: drawn from the seed, the stored constant, or none.")] = (
         Noise.const
@@ -191,20 +199,22 @@ def main(
         generator, metadata = load_snapshot(snapshot)
         if cutoff is not None and cutoff > generator.num_ws:
             raise UserError(f"--cutoff {cutoff}: {snapshot} has {generator.num_ws} ws; give 1 to {generator.num_ws}")
-        rows = _rows_of_classes(label, generator, snapshot)
+        rows = _rows_of_labels(label, generator, snapshot, metadata["dataset"])
         shift = edit_shift(edit or [], directions, generator, snapshot)
         with writable(out, "name another --out"):
             out.mkdir(parents=True, exist_ok=True)
 
         every_seed = [seed for _ in rows for seed in chosen_seeds]
-        classes = None if rows == [None] else torch.tensor(rows).repeat_interleave(len(chosen_seeds))
+        labels = None
+        if rows != [None]:
+            labels = torch.from_numpy(multi_hot(rows, generator.c_dim)).repeat_interleave(len(chosen_seeds), 0)
         images = generate(
-            place(generator), every_seed, classes, psi=psi, cutoff=cutoff, noise_mode=noise.value, shift=shift,
+            place(generator), every_seed, labels, psi=psi, cutoff=cutoff, noise_mode=noise.value, shift=shift,
             batch=batch,
         )  # fmt: skip
         if single:
             for i, (seed, image) in enumerate(zip(every_seed, images, strict=True)):
-                suffix = "" if classes is None else f"-class{classes[i]}"
+                suffix = "" if labels is None else f"-class{'+'.join(map(str, rows[i // len(chosen_seeds)]))}"
                 save_png(image_grid(image[None], scale=1), out / f"seed{seed:04d}{suffix}.png")
         if grid:
             save_png(image_grid(images, cols=len(chosen_seeds) if len(rows) > 1 else None), out / "grid.png")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hsrgan.engine.aside import writable, written_aside
 from hsrgan.engine.distributed import World, from_first
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.labels import ClassCounts
 from hsrgan.engine.metrics.als_pictures import draw_linearity, draw_strips, extremes, small
 from hsrgan.engine.metrics.attribute_linearity import linearity, nonlinearity, shared_sigma, spread
 from hsrgan.engine.metrics.attributes import AttributeClassifier
@@ -69,7 +70,7 @@ def measure(
     seed: int,
     world: World,
     strength: float = STRENGTH,
-    class_counts: Sequence[int] = (),
+    class_counts: ClassCounts = (),
     told: Told = silent,
 ) -> Measured:
     """Make and classify the sequences of one model. A collective: every rank calls it, and every rank has the result.

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hsrgan.engine.distributed import World
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.labels import ClassCounts
 from hsrgan.engine.metrics.als import STRENGTH, Measured, als_report, als_tables, images_of, measure, write_als
 from hsrgan.engine.metrics.attributes import AttributeClassifier, load_attributes
 from hsrgan.engine.metrics.extractor import load_lpips
@@ -38,7 +39,7 @@ class Job:
     label: str
     seed: int
     world: World
-    class_counts: tuple[int, ...]
+    class_counts: ClassCounts
     progress: Progress
 
     @property

@@ -13,7 +13,7 @@ middle of a face only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.distributed import World
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.labels import ClassCounts
 from hsrgan.engine.metrics.fp32 import exact_fp32
 from hsrgan.engine.metrics.positions import Told, all_rows, silent
 from hsrgan.engine.metrics.sampling import synthesised
@@ -68,7 +69,7 @@ def path_distances(
     count: int,
     seed: int,
     world: World,
-    class_counts: Sequence[int] = (),
+    class_counts: ClassCounts = (),
     told: Told = silent,
 ) -> Tensor:
     """d/ε² of all pairs, fp64 [count] on the CPU, for `path_length`. A collective.

@@ -145,7 +145,7 @@ class Scorer:
                     outcome = self._compare(metric, real.get(spec), fake[spec], self.extractors[spec].protocol)
                     spent = shared
                 else:
-                    class_counts = self.manifest.class_counts if generator.c_dim else ()
+                    class_counts = self.manifest.drawn_labels if generator.c_dim else ()
                     job = Job(metric, generator, label, self.seed, self.world, class_counts, self.progress)
                     outcome, spent = self.of_generator[metric.name](job), 0.0
                 if generator.img_channels == 4:
@@ -230,7 +230,7 @@ class Scorer:
         needs = self._needs(fakes=True)
         if not needs:
             return {}
-        draws = Draws(self.seed, self.world.device, self.manifest.class_counts if generator.c_dim else ())
+        draws = Draws(self.seed, self.world.device, self.manifest.drawn_labels if generator.c_dim else ())
         count = max(need.images for need in needs.values())
         units = sampling.fakes(generator, draws, count, self.batch, self.world)
         return self._pass(units, needs, self._label("fakes", needs))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hsrgan.engine.distributed import World
 from hsrgan.engine.draws import Draws
+from hsrgan.engine.labels import ClassCounts
 from hsrgan.engine.metrics.attributes import AttributeClassifier
 from hsrgan.engine.metrics.positions import Told, all_rows, silent
 from hsrgan.engine.metrics.sampling import quantised, synthesised
@@ -40,7 +41,7 @@ def random_samples(
     count: int,
     seed: int,
     world: World,
-    class_counts: Sequence[int] = (),
+    class_counts: ClassCounts = (),
     told: Told = silent,
 ) -> Samples:
     """Random images and their attributes."""
@@ -64,7 +65,7 @@ def random_pairs(
     count: int,
     seed: int,
     world: World,
-    class_counts: Sequence[int] = (),
+    class_counts: ClassCounts = (),
     told: Told = silent,
 ) -> Tensor:
     """Logits [n, FRAMES, a] along w0 → w1, both random (ALS's first kind of sequence)."""
@@ -86,7 +87,7 @@ def attribute_edits(
     count: int,
     seed: int,
     world: World,
-    class_counts: Sequence[int] = (),
+    class_counts: ClassCounts = (),
     told: Told = silent,
 ) -> Tensor:
     """Logits [n, e, FRAMES, a] along w → w + shift for each of `shifts` [e, w_dim] (ALS's second kind), all from the
@@ -112,7 +113,7 @@ def strip(
     *,
     seed: int,
     device: torch.device,
-    class_counts: Sequence[int] = (),
+    class_counts: ClassCounts = (),
 ) -> Tensor:
     """The frames [FRAMES, C, R, R], uint8 on the CPU, of the random pair at `position`, or of the edit by `shift`
     [w_dim] from there: what `random_pairs` and `attribute_edits` classified.
