@@ -40,8 +40,16 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
     if recipe.init_from and Path(recipe.run_dir).resolve() in (p := Path(recipe.init_from).resolve(), *p.parents):
         text = f"init_from, {recipe.init_from}, lies in run_dir: a run resumes by itself, a branch has its own run_dir"
         yield ("init_from",), text
+    for section_name, section in recipe.on_teachers.items():
+        if section.weights and section.teacher.endswith(".safetensors"):
+            text = f"{section_name}.weights goes with a timm name, {section.teacher} holds its own: drop the key"
+            yield (section_name, "weights"), text
     if recipe.hsr:
         yield from _hsr_inconsistencies(recipe.hsr, r, recipe.kimg)
+    for name, section in (("projected", recipe.projected), ("vision_aided", recipe.vision_aided)):
+        if section and len(set(section.layers)) < len(section.layers):
+            twice = next(layer for layer in section.layers if section.layers.count(layer) > 1)
+            yield (name, "layers"), f"{name}.layers names layer {twice} twice, allowed: each layer once"
     if recipe.metrics:
         yield from _metrics_inconsistencies(recipe.metrics)
 
@@ -81,8 +89,6 @@ def _hsr_inconsistencies(hsr: Hsr, resolution: int, kimg: float) -> Iterator[tup
     if hsr.weights_per_res is not None and hsr.weights_per_res.keys() != hsr.layers.keys():
         have, need = (", ".join(map(str, sorted(d))) or "none" for d in (hsr.weights_per_res, hsr.layers))
         yield ("hsr", "weights_per_res"), f"hsr.weights_per_res names {have}, allowed: all of hsr.layers, {need}"
-    if hsr.weights and hsr.teacher.endswith(".safetensors"):
-        yield ("hsr", "weights"), f"hsr.weights goes with a timm name, {hsr.teacher} holds its own: drop the key"
     if hsr.start_kimg >= kimg:
         yield ("hsr", "start_kimg"), f"hsr.start_kimg is {hsr.start_kimg:g}, allowed: below kimg = {kimg:g}"
 

@@ -57,7 +57,7 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
     resumed = checkpoint.resume_point(recipe.run_dir, world)
     if resumed:
         check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
-    generator, discriminator, heads, teacher = assembly.networks(recipe, manifest, world)
+    generator, discriminator, heads, teachers = assembly.networks(recipe, manifest, world)
     g_module, g_ema = GeneratorWithHeads(generator, heads), copy.deepcopy(generator).requires_grad_(False).eval()
     if resumed:
         resumed.fill("G", g_module)
@@ -69,7 +69,7 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
         source.fill("D", discriminator)
         source.fill("G_ema", g_ema)
 
-    t = assembly.training(recipe, world, manifest, g_module, discriminator, teacher)
+    t = assembly.training(recipe, world, manifest, g_module, discriminator, teachers)
     if resumed:
         t.take_up(resumed.state)
         t.g.load_optimizer_state(resumed.tensors["G_adam"], resumed.state["adam_steps"]["G"])

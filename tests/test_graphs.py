@@ -192,11 +192,11 @@ def test_no_phase_reads_from_or_copies_to_the_device(phase, backend):
 
 def test_a_read_and_a_copy_are_caught():
     class Reading(nn.Module):
-        def forward(self, x, c):
+        def forward(self, x, c, parts):
             return x.flatten(1)[:, :1] * float(x.detach().mean())
 
     class Copying(nn.Module):
-        def forward(self, x, c):
+        def forward(self, x, c, parts):
             return x.flatten(1)[:, :1] * torch.tensor([2.0], device=x.device)
 
     for spoiler in (Reading(), Copying()):

@@ -11,7 +11,9 @@ OURS = {"engine", "kernels", "tools", "recipes"}
 
 KERNELS = {"hsrgan.kernels"}
 NETWORKS = KERNELS | {"hsrgan.engine.errors", "hsrgan.engine.layers", "hsrgan.engine.blocks", "hsrgan.engine.model"}
-OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ("losses", "tensor_files", "teacher", "ema")}
+OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in (
+    "losses", "objectives", "projected", "tensor_files", "teacher", "ema",
+)}
 ALLOWED = {  # what a module may import of ours; a prefix stands for everything below it
     "hsrgan.kernels": KERNELS,
     **dict.fromkeys(NETWORKS - KERNELS, NETWORKS),
