@@ -110,8 +110,7 @@ def training(
         draws=Draws(recipe.seed, world.device, manifest.class_counts if recipe.data.labels else ()),
         g=shard(g_module, recipe.generator.lr, recipe.path_length.interval),
         d=shard(discriminator, recipe.discriminator.lr, recipe.d_interval),
-        teacher=teachers.get("hsr"),
-        critic_teachers={name: teacher for name, teacher in teachers.items() if name != "hsr"},
+        teachers=teachers,
         meter=Meter(world.device),
         pl_mean=torch.zeros((), device=world.device),
     )

@@ -27,33 +27,33 @@ class Critic(NamedTuple):
     weight: float = 1.0
 
 
-def generator_loss(
-    critics: Sequence[Critic], fakes: Tensor, c: Tensor, reals: Tensor | None = None, real_c: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Σ weight · Σ_levels g(fake, real) over the critics, and what the meter is told. reals: for paired losses."""
+def generator_loss(critics: Sequence[Critic], images: Tensor, c: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ weight · Σ_levels g(fake, real) over the critics, and what the meter is told. images: fakes, followed by as
+    many reals if one of the losses is paired; c: labels of all.
+    """
+    fakes, reals, of_fakes, of_reals = images, None, c, None
+    if any(critic.loss.paired for critic in critics):
+        (fakes, reals), (of_fakes, of_reals) = images.chunk(2), c.chunk(2)
     parts, told = [], {}
     for critic in critics:
-        scores = critic.score(fakes, c, 1)
+        scores = critic.score(fakes, of_fakes, 1)
         others: Sequence[Tensor | None] = [None] * len(scores)
         if critic.loss.paired:
             with torch.no_grad():  # constants to G
-                others = critic.score(reals, real_c, 1)
+                others = critic.score(reals, of_reals, 1)
         loss = _sum([critic.loss.g(fake, real) for fake, real in zip(scores, others, strict=True)])
         parts.append(critic.weight * loss)
         told |= {f"loss/G{critic.suffix}": loss, f"score/fake{critic.suffix}": _flat(scores)}
     return _sum(parts), told
 
 
-def discriminator_loss(
-    critics: Sequence[Critic], fakes: Tensor, c: Tensor, reals: Tensor, real_c: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Σ weight · Σ_levels d(fake, real) over the critics, and what the meter is told. Each critic scores fakes and
-    reals in one pass, as two batches one after another.
+def discriminator_loss(critics: Sequence[Critic], images: Tensor, c: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ weight · Σ_levels d(fake, real) over the critics, and what the meter is told. images: fakes, followed by as
+    many reals, which each critic scores in one pass; c: labels of all.
     """
-    images, labels = torch.cat([fakes, reals]), torch.cat([c, real_c])
     parts, told = [], {}
     for critic in critics:
-        both = [scores.chunk(2) for scores in critic.score(images, labels, 2)]
+        both = [scores.chunk(2) for scores in critic.score(images, c, 2)]
         loss = _sum([critic.loss.d(fake, real) for fake, real in both])
         parts.append(critic.weight * loss)
         fake, real = (_flat(scores) for scores in zip(*both, strict=True))

@@ -28,6 +28,9 @@ from hsrgan.engine.hsr import hsr_term
 from hsrgan.engine.objectives import Critic, discriminator_loss, generator_loss
 from hsrgan.engine.stats import Meter
 
+# by the names of D's heads on teachers: the papers' losses
+HEAD_LOSSES = {"projected": "hinge", "vision_aided": "logistic"}
+
 
 class GeneratorWithHeads(nn.Module):
     """What G's optimiser trains: the generator, and HSR's prediction heads where HSR is on."""
@@ -71,9 +74,9 @@ class Told(NamedTuple):
 
 @dataclass
 class Training:
-    """Everything that the phases share. `teacher` is HSR's; critic_teachers: by the names under which the heads on them
-    are modules of D. `pl_mean` is a device tensor, one value the same on all ranks. `call` calls a phase's `gradients`:
-    eagerly, or as a graph.
+    """Everything that the phases share. `teachers`: by the recipe's sections that name one; of those but HSR's, D has
+    the heads, as modules of these names. `pl_mean` is a device tensor, one value the same on all ranks. `call` calls a
+    phase's `gradients`: eagerly, or as a graph.
     """
 
     recipe: Recipe
@@ -81,10 +84,9 @@ class Training:
     draws: Draws
     g: Sharded
     d: Sharded
-    teacher: nn.Module | None
+    teachers: Mapping[str, nn.Module]
     meter: Meter
     pl_mean: Tensor
-    critic_teachers: Mapping[str, nn.Module] = field(default_factory=dict)
     call: Callable[..., Any] = direct
     indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
@@ -98,19 +100,17 @@ class Training:
 
     @property
     def critics(self) -> list[Critic]:
-        """D, and the heads on teachers, which have the papers' own losses."""
+        """D, and its heads on teachers, which have the papers' own losses."""
 
-        def on_teacher(name: str) -> Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]:
-            heads, teacher = self.discriminator.get_submodule(name), self.critic_teachers[name]
-            return lambda images, c, parts: heads(teacher.features(images), c)
+        def on_teacher(name: str, loss: str) -> Critic:
+            heads, teacher = self.discriminator.get_submodule(name), self.teachers[name]
+            weight = self.recipe.on_teachers[name].weight
+            score = lambda images, c, parts: heads(teacher.features(images), c)  # noqa: E731
+            return Critic(f"_{name}", score, losses.ADVERSARIAL[loss], weight)
 
-        recipe = self.recipe
-        found = [Critic("", lambda *seen: (self.discriminator(*seen),), losses.ADVERSARIAL[recipe.objective.loss])]
-        for name, section, loss in (("projected", recipe.projected, "hinge"),
-                                    ("vision_aided", recipe.vision_aided, "logistic")):  # fmt: skip
-            if section:
-                found.append(Critic(f"_{name}", on_teacher(name), losses.ADVERSARIAL[loss], section.weight))
-        return found
+        own = losses.ADVERSARIAL[self.recipe.objective.loss]
+        found = [Critic("", lambda *seen: (self.discriminator(*seen),), own)]
+        return found + [on_teacher(name, loss) for name, loss in HEAD_LOSSES.items() if name in self.teachers]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the networks and their optimisers, JSON-able. Waits for the device."""
@@ -200,6 +200,12 @@ class Main(Phase):
         found = super().inputs(images, positions, reals, real_c)
         return found | {"reals": reals, "real_c": real_c, "c": real_c} if self.paired else found
 
+    def shown(self, fakes: Tensor, batch: Round) -> tuple[Tensor, Tensor]:
+        """The images that the critics look at, with labels: the fakes, and behind them the reals, if there are any."""
+        if batch.reals is None:
+            return fakes, batch.c
+        return torch.cat([fakes, batch.reals]), torch.cat([batch.c, batch.real_c])
+
 
 class GMain(Main):
     """The critics' losses on the fake, plus λ·L_HSR on the un-augmented fake while λ > 0."""
@@ -218,10 +224,10 @@ class GMain(Main):
             fakes, features = t.generator.synthesis(ws, noise=batch.noise, return_features=tuple(hsr.layers))
         else:
             fakes = t.generator.synthesis(ws, noise=batch.noise)
-        loss, means = generator_loss(t.critics, fakes, batch.c, batch.reals, batch.real_c)
+        loss, means = generator_loss(t.critics, *self.shown(fakes, batch))
         if regularised:
             regulariser = hsr_term(
-                t.g.module.heads, t.teacher, features, fakes,
+                t.g.module.heads, t.teachers["hsr"], features, fakes,
                 weights=hsr.weights_per_res, distance=hsr.distance, detach=hsr.detach,
             )  # fmt: skip
             means["loss/hsr"] = regulariser
@@ -275,16 +281,17 @@ class DMain(Main):
         with torch.no_grad():
             ws = t.styles(batch)
             fakes = t.generator.synthesis(ws, noise=batch.noise)
-        loss, means = discriminator_loss(t.critics, fakes, batch.c, batch.reals, batch.real_c)
+        loss, means = discriminator_loss(t.critics, *self.shown(fakes, batch))
         return loss, Told(means, each=ws[:, 0])
 
     def finish(self, mean: Tensor | None, skip: Tensor) -> None:
         t = self.training
         mean = torch.where(skip, t.generator.mapping.w_avg, mean)
         t.generator.mapping.update_w_avg(mean[None], t.recipe.generator.w_avg_beta)
-        with gathered(t.d):
-            for name in t.critic_teachers:
-                t.discriminator.get_submodule(name).settle(skip)
+        if heads := [getattr(t.discriminator, name) for name in HEAD_LOSSES if name in t.teachers]:
+            with gathered(t.d):
+                for each in heads:
+                    each.settle(skip)
 
 
 class DReg(Phase):
@@ -305,7 +312,7 @@ class DReg(Phase):
 class DR2(Phase):
     """R2: the same penalty on fakes of its own (arXiv 1801.04406, eq. 9), of D alone."""
 
-    name, network, stream = "Dr2", "D", 4
+    name, network, stream = "Dr2", "D", 6  # 4 and 5 are the sample grid's and the metrics'
 
     def loss(self, batch: Round) -> tuple[Tensor, Told]:
         t = self.training

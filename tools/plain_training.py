@@ -56,15 +56,11 @@ def random_teacher(layers: dict[int, int], model: str = TEACHER, **kwargs: objec
 
 
 def plain_training(
-    recipe: Recipe,
-    device: torch.device,
-    teacher: Teacher | None,
-    num_classes: int = 0,
-    critic_teachers: Mapping[str, Teacher] | None = None,
+    recipe: Recipe, device: torch.device, teachers: Mapping[str, Teacher], num_classes: int = 0
 ) -> Training:
-    """The recipe's networks from its seed, of `num_classes` classes, with everything that its phases need. teacher:
-    HSR's; critic_teachers: of the sections of D's heads.
+    """The recipe's networks from its seed, of `num_classes` classes, with everything that its phases need.
 
+    teachers: of the recipe's sections that name one (`Recipe.on_teachers`).
     device "meta": networks without values; rounds are drawn on the CPU and taken there by `on_meta`.
     """
     host = torch.device("cpu") if device.type == "meta" else device
@@ -81,8 +77,8 @@ def plain_training(
         heads = None
         if recipe.hsr:
             widths = {r: g.synthesis.channels[r] for r in recipe.hsr.layers}
-            heads = HSRHeads(widths, teacher.channels, recipe.hsr.hidden, HEADS[recipe.precision])
-        for name, critic in critic_heads(recipe, critic_teachers or {}, num_classes).items():
+            heads = HSRHeads(widths, teachers["hsr"].channels, recipe.hsr.hidden, HEADS[recipe.precision])
+        for name, critic in critic_heads(recipe, teachers, num_classes).items():
             d.add_module(name, critic)
     return Training(
         recipe=recipe,
@@ -90,8 +86,7 @@ def plain_training(
         draws=Draws(recipe.seed, host, [1] * num_classes),
         g=Plain(GeneratorWithHeads(g, heads), recipe.generator.lr, recipe.path_length.interval),
         d=Plain(d, recipe.discriminator.lr, recipe.d_interval),
-        teacher=teacher,
-        critic_teachers=critic_teachers or {},
+        teachers=teachers,
         meter=Meter(host),
         pl_mean=torch.zeros((), device=device),
     )
