@@ -252,8 +252,8 @@ vision_aided: {teacher: TEACHER, layers: [0, 3], hidden: 8}
 """
 
 
-def test_a_run_with_heads_of_d_resumes_bitwise_and_moves_to_other_ranks(tmp_path):
-    """Under DeepSpeed: six steps, and again from the third one's checkpoint; then by two ranks under ZeRO 3."""
+def test_a_run_with_heads_of_d_resumes_bitwise_and_goes_on_under_zero_3(tmp_path):
+    """Under DeepSpeed: six steps; again from the third one's checkpoint; and from there in two rounds under ZeRO 3."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("TEACHER", str(DIGITS)))
     straight = train(tmp_path, "run_dir=straight")
     for name in ("resumed", "moved"):
@@ -269,5 +269,5 @@ def test_a_run_with_heads_of_d_resumes_bitwise_and_moves_to_other_ranks(tmp_path
     logged = {name for row in rows for name in row}
     assert {f"{name}{of}" for name in ("loss/G", "loss/D", "score/fake", "score/fake_d", "score/real")
             for of in ("", "_projected", "_vision_aided")} | {"loss/r2", "loss/hsr"} <= logged  # fmt: skip
-    moved = train(tmp_path, "run_dir=moved", "zero_stage=3", ranks=2)
+    moved = train(tmp_path, "run_dir=moved", "zero_stage=3", "accumulation=2")
     assert all(relative_difference(moved, straight, part) < 1e-5 for part in ("G", "D", "G_ema"))
