@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,16 +16,18 @@ from hsrgan.engine.config import Recipe
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.freezing import Frozen, check_known
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.labels import ClassCounts
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.phases import Training
+from hsrgan.engine.projected import ProjectedHeads, TeacherHeads, VisionAidedHeads
 from hsrgan.engine.sections import Data
 from hsrgan.engine.shard_sources import open_shards
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.stats import Meter
-from hsrgan.engine.teacher import load_teacher
+from hsrgan.engine.teacher import Teacher, load_teacher
 from hsrgan.engine.transfer import start_from
 
 HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,8 +71,40 @@ def fake_labels(data: Data, manifest: Manifest) -> ClassCounts:
     return tuple(min(count, 1) for count in manifest.class_counts) if data.balanced else manifest.drawn_labels
 
 
+def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
+    """The teacher of each section that names one, on the CPU in fp32; sections that name the same share its network."""
+    loaded, found = {}, {}
+    for name, section in recipe.on_teachers.items():
+        layers = section.layers if name == "hsr" else {layer: layer for layer in section.layers}
+        found[name] = load_teacher(
+            section.teacher, weights=section.weights, layers=layers, section=name, loaded=loaded,
+            parity_normalize=name == "hsr" and section.parity_normalize,
+        )  # fmt: skip
+    return found
+
+
+def critic_heads(recipe: Recipe, teachers: Mapping[str, Teacher], c_dim: int) -> dict[str, TeacherHeads]:
+    """What D trains on teachers, by the names of the recipe's sections. Raises UserError for a layer without a map."""
+    heads: dict[str, TeacherHeads] = {}
+    if recipe.projected:
+        teacher = teachers["projected"]
+        for layer, grid in teacher.grids.items():
+            if min(grid) < 2:
+                raise UserError(
+                    f"projected.layers: layer {layer} of {recipe.projected.teacher} has a map of {grid[0]}×{grid[1]}, "
+                    "allowed: 2×2 or more, as earlier layers of a convolutional network or any of a ViT have"
+                )
+        heads["projected"] = ProjectedHeads(teacher.channels, teacher.grids, c_dim, recipe.projected.channels)
+    if recipe.vision_aided:
+        channels = teachers["vision_aided"].channels
+        heads["vision_aided"] = VisionAidedHeads(channels, c_dim, recipe.vision_aided.hidden)
+    return heads
+
+
 def networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
-    """G, D, HSR heads and teacher on the rank's device; the same values on every rank."""
+    """G, D with its heads as further modules of it, HSR heads, and the teachers by section, on the rank's device; the
+    same values on every rank.
+    """
     torch.manual_seed(recipe.seed)
     data = recipe.data
     shape = {
@@ -81,19 +115,17 @@ def networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
     }
     generator = Generator(**recipe.generator.model_dump(exclude={"mixing_prob", "lr", "w_avg_beta"}), **shape)
     discriminator = Discriminator(**recipe.discriminator.model_dump(exclude={"lr"}), **shape)
-    heads = teacher = None
+    heads, teachers = None, load_teachers(recipe)
     if recipe.hsr:
-        teacher = load_teacher(
-            recipe.hsr.teacher,
-            weights=recipe.hsr.weights,
-            layers=recipe.hsr.layers,
-            parity_normalize=recipe.hsr.parity_normalize,
-        ).to(world.device)
+        widths = {r: generator.synthesis.channels[r] for r in recipe.hsr.layers}
+        heads = HSRHeads(widths, teachers["hsr"].channels, recipe.hsr.hidden, HEADS[recipe.precision]).to(world.device)
+    for name, critic in critic_heads(recipe, teachers, shape["c_dim"]).items():
+        discriminator.add_module(name, critic)
+    for teacher in teachers.values():
+        teacher.to(world.device)
         if world.device.type == "cuda":
             teacher.to_bf16()
-        widths = {r: generator.synthesis.channels[r] for r in recipe.hsr.layers}
-        heads = HSRHeads(widths, teacher.channels, recipe.hsr.hidden, HEADS[recipe.precision]).to(world.device)
-    return generator.to(world.device), discriminator.to(world.device), heads, teacher
+    return generator.to(world.device), discriminator.to(world.device), heads, teachers
 
 
 def first_values(
@@ -111,11 +143,12 @@ def first_values(
 
 
 def training(
-    recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator, teacher, frozen: Frozen
+    recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator,
+    teachers: dict[str, Teacher], frozen: Frozen,
 ) -> Training:
     adam, micro = recipe.adam, recipe.batch // world.size // recipe.accumulation
 
-    def shard(module, lr: float, interval: int) -> distributed.Sharded:
+    def shard(module, lr: float, interval: float) -> distributed.Sharded:
         optimizer = distributed.lazy_adam(module.parameters(), lr, adam.beta1, adam.beta2, adam.eps, interval)
         return distributed.Sharded(
             module, optimizer, zero_stage=recipe.zero_stage, micro_batch=micro, skip=recipe.faults.nonfinite == "skip"
@@ -126,8 +159,8 @@ def training(
         world=world,
         draws=Draws(recipe.seed, world.device, fake_labels(recipe.data, manifest)),
         g=shard(g_module, recipe.generator.lr, recipe.path_length.interval),
-        d=shard(discriminator, recipe.discriminator.lr, recipe.r1.interval),
-        teacher=teacher,
+        d=shard(discriminator, recipe.discriminator.lr, recipe.d_interval),
+        teachers=teachers,
         meter=Meter(world.device),
         pl_mean=torch.zeros((), device=world.device),
         frozen=frozen,

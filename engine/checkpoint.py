@@ -4,7 +4,8 @@ number of ranks and ZeRO stage.
 checkpoints/latest            the name of the newest one, moved last
 checkpoints/000040960/        images seen
     G.safetensors             generator (published keys below `generator.`) and HSR heads (`heads.`)
-    D.safetensors  G_ema.safetensors  and, where ema.power asks for them, G_power-<length>.safetensors
+    D.safetensors             D, and its heads on teachers (`projected.`, `vision_aided.`)
+    G_ema.safetensors         and, where ema.power asks for them, G_power-<length>.safetensors
     G_adam.safetensors  D_adam.safetensors      `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
     state.json                format, images, pl_mean, Adam's steps, the resolved recipe, the data's class names
     SHA256SUMS                of all these, as sha256sum writes and checks it

@@ -27,6 +27,7 @@ from hsrgan.engine.recipe_file import (
 from hsrgan.engine.sections import (
     NOT_EMPTY,
     R1,
+    R2,
     Adam,
     Data,
     Discriminator,
@@ -36,10 +37,13 @@ from hsrgan.engine.sections import (
     Generator,
     Hsr,
     Metrics,
+    Objective,
     PathLength,
     Positive,
+    Projected,
     Section,
     Text,
+    VisionAided,
     Whole,
 )
 from hsrgan.engine.sizes import block_sizes
@@ -72,20 +76,39 @@ class Recipe(Section):
     generator: Generator
     discriminator: Discriminator
     adam: Adam
+    objective: Objective = Objective()
     r1: R1
+    r2: R2 = R2()
     path_length: PathLength
     ema: Ema
     faults: Faults = Faults()
     freeze: Freeze | None = None
     hsr: Hsr | None = None
+    projected: Projected | None = None
+    vision_aided: VisionAided | None = None
     metrics: Metrics | None = None
+
+    @property
+    def on_teachers(self) -> dict[str, Hsr | Projected | VisionAided]:
+        """The sections that name a teacher, where they are there."""
+        sections = {"hsr": self.hsr, "projected": self.projected, "vision_aided": self.vision_aided}
+        return {name: section for name, section in sections.items() if section}
+
+    @property
+    def d_interval(self) -> float:
+        """Main steps of D for each lazy one; 0: there are none. R1's interval counts without a weight too, as NVIDIA's
+        does.
+        """
+        if not self.r2.active:
+            return self.r1.interval
+        return 1 / ((1 / self.r1.interval if self.r1.interval else 0) + 1 / self.r2.interval)
 
     def to_json(self) -> str:
         """The resolved recipe as one line of JSON with sorted keys: equal recipes give equal text."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True)
 
 
-SECTIONS = ("data", "generator", "discriminator", "adam", "r1", "path_length", "ema")
+SECTIONS = ("data", "generator", "discriminator", "adam", "objective", "r1", "r2", "path_length", "ema")
 
 # Keys on which the shapes of the parameters depend: a checkpoint is of no use to a recipe that differs in one of them.
 NETWORK_KEYS = (
@@ -95,6 +118,8 @@ NETWORK_KEYS = (
     "discriminator.channel_base", "discriminator.channel_max", "discriminator.architecture",
     "discriminator.mapping_layers",
     "hsr", "hsr.teacher", "hsr.layers", "hsr.hidden",   # the heads
+    "projected", "projected.teacher", "projected.layers", "projected.channels",     # D's heads
+    "vision_aided", "vision_aided.teacher", "vision_aided.layers", "vision_aided.hidden",
 )
 
 
@@ -157,9 +182,9 @@ def _is_count(value: Any) -> bool:
 def check_paths(recipe: Recipe) -> None:
     """Raise `UserError` when a file that the recipe reads is missing (not init_from: only the first start reads it)."""
     paths = {"data.shards": recipe.data.shards}
-    if recipe.hsr:
-        paths["hsr.weights"] = recipe.hsr.weights
-        paths["hsr.teacher"] = recipe.hsr.teacher if recipe.hsr.teacher.endswith(".safetensors") else None
+    for name, section in recipe.on_teachers.items():
+        paths[f"{name}.weights"] = section.weights
+        paths[f"{name}.teacher"] = section.teacher if section.teacher.endswith(".safetensors") else None
     if recipe.metrics:
         paths["metrics.attributes"] = recipe.metrics.attributes
     for key, path in paths.items():

@@ -52,8 +52,16 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
     power = [f"{length:.3f}" for length in recipe.ema.power]
     if len(set(power)) < len(power):
         yield ("ema", "power"), f"ema.power is {recipe.ema.power}, allowed: lengths that differ in three decimals"
+    for section_name, section in recipe.on_teachers.items():
+        if section.weights and section.teacher.endswith(".safetensors"):
+            text = f"{section_name}.weights goes with a timm name, {section.teacher} holds its own: drop the key"
+            yield (section_name, "weights"), text
     if recipe.hsr:
         yield from _hsr_inconsistencies(recipe.hsr, blocks[1:], recipe.kimg)
+    for name, section in (("projected", recipe.projected), ("vision_aided", recipe.vision_aided)):
+        if section and len(set(section.layers)) < len(section.layers):
+            twice = next(layer for layer in section.layers if section.layers.count(layer) > 1)
+            yield (name, "layers"), f"{name}.layers names layer {twice} twice, allowed: each layer once"
     if recipe.metrics:
         yield from _metrics_inconsistencies(recipe.metrics)
 
@@ -100,8 +108,6 @@ def _hsr_inconsistencies(hsr: Hsr, blocks: list[int], kimg: float) -> Iterator[t
     if hsr.weights_per_res is not None and hsr.weights_per_res.keys() != hsr.layers.keys():
         have, need = (", ".join(map(str, sorted(d))) or "none" for d in (hsr.weights_per_res, hsr.layers))
         yield ("hsr", "weights_per_res"), f"hsr.weights_per_res names {have}, allowed: all of hsr.layers, {need}"
-    if hsr.weights and hsr.teacher.endswith(".safetensors"):
-        yield ("hsr", "weights"), f"hsr.weights goes with a timm name, {hsr.teacher} holds its own: drop the key"
     if hsr.start_kimg >= kimg:
         yield ("hsr", "start_kimg"), f"hsr.start_kimg is {hsr.start_kimg:g}, allowed: below kimg = {kimg:g}"
 

@@ -184,10 +184,10 @@ def failing_together() -> Iterator[None]:
 
 
 def lazy_adam(
-    parameters: Iterable[nn.Parameter], lr: float, beta1: float, beta2: float, eps: float, interval: int
+    parameters: Iterable[nn.Parameter], lr: float, beta1: float, beta2: float, eps: float, interval: float
 ) -> torch.optim.Adam:
-    """The one Adam that a network's main and lazy phases share: lr·k/(k+1) and β^(k/(k+1)), k the lazy interval (0:
-    no lazy phase, nothing scaled).
+    """The one Adam that a network's main and lazy phases share: lr·k/(k+1) and β^(k/(k+1)), k the lazy interval, or
+    the mean number of main steps for each lazy one (0: no lazy phase, nothing scaled).
 
     Source: StyleGAN2 (arXiv 1912.04958), appendix B, "Lazy regularization".
     """

@@ -243,7 +243,7 @@ def _kept(phase: Phase, t: Training, images: int, reals: torch.Tensor, labels: t
     other.module.requires_grad_(False)
     with distributed.gathered(t.g, t.d):
         batch = next(rounds(phase, t, images, reals, labels))
-        with Activations([net for net in (t.g.module, t.d.module, t.teacher) if net is not None]) as kept:
+        with Activations([t.g.module, t.d.module, *t.teachers.values()]) as kept:
             phase.gradients(batch)
     other.module.requires_grad_(True)
     return kept.bytes
@@ -256,12 +256,13 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
         console.width = 120
     with dataset(recipe) as (manifest, where):
         distributed.start(world, recipe.faults.rendezvous_timeout)
-        generator, discriminator, heads, teacher = assembly.networks(recipe, manifest, world)
+        generator, discriminator, heads, teachers = assembly.networks(recipe, manifest, world)
         counts = {"G": numel(generator), "D": numel(discriminator), "heads": numel(heads)}
         values = {"G": nbytes(generator.state_dict().values()) // FP32}
         values["D"] = nbytes(discriminator.state_dict().values()) // FP32
         networks = {"G": counts["G"] + counts["heads"], "D": counts["D"], "average": values["G"]}
-        fixed = [*generator.buffers(), *discriminator.buffers(), *(teacher.state_dict().values() if teacher else ())]
+        of_teachers = {v.data_ptr(): v for teacher in teachers.values() for v in teacher.state_dict().values()}
+        fixed = [*generator.buffers(), *discriminator.buffers(), *of_teachers.values()]
         figures = {
             "data": where, "parameters": counts, **_schedule(recipe, world), "zero_stage": recipe.zero_stage,
             "device": world.device.type, "memory": memory(recipe, networks, world.size, nbytes(fixed)),
@@ -270,7 +271,7 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
         average = copy.deepcopy(generator).requires_grad_(False).eval()
         g_module = GeneratorWithHeads(generator, heads)
         frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
-        t = assembly.training(recipe, world, manifest, g_module, discriminator, teacher, frozen)
+        t = assembly.training(recipe, world, manifest, g_module, discriminator, teachers, frozen)
         figures |= probe(t, manifest, average, clock, console)
     if "peak" in figures:
         figures["activations"] = max(figures["peak"] - sum(figures["memory"][recipe.zero_stage].values()), 0)

@@ -1,11 +1,16 @@
-"""Losses of StyleGAN2 as pure functions of tensors, and the schedule of the HSR weight.
+"""Losses as pure functions of tensors, and the schedule of the HSR weight.
 
 Nothing here multiplies by a lazy interval or by the path-length weight: how often a phase runs is the trainer's affair.
 Sources: Karras et al. 2020 (arXiv 1912.04958) for the logistic losses, R1 (Mescheder et al., arXiv 1801.04406) and path
-length regularisation; Karnewar et al. 2022 (arXiv 2208.03764) for HSR.
+length regularisation; Lim & Ye 2017 (arXiv 1705.02894) for the hinge losses, as SAGAN (arXiv 1805.08318, eq. 4) has
+them; Huang et al. 2024 (R3GAN, arXiv 2501.05441) for the relativistic pairing loss with R1 and R2; Karnewar et al. 2022
+(arXiv 2208.03764) for HSR.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +32,59 @@ def logistic_d_real(real_logits: Tensor) -> Tensor:
     return F.softplus(-real_logits).mean()
 
 
+def hinge_g(fake_logits: Tensor) -> Tensor:
+    """Generator loss, −mean D(G(z)).  fake_logits [N, …] → scalar."""
+    return -fake_logits.mean()
+
+
+def hinge_d_fake(fake_logits: Tensor) -> Tensor:
+    """Discriminator's loss on fakes, mean max(0, 1 + D(G(z))).  fake_logits [N, …] → scalar."""
+    return F.relu(1 + fake_logits).mean()
+
+
+def hinge_d_real(real_logits: Tensor) -> Tensor:
+    """Discriminator's loss on reals, mean max(0, 1 − D(x)).  real_logits [N, …] → scalar."""
+    return F.relu(1 - real_logits).mean()
+
+
+def relativistic_g(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """Generator loss, mean softplus(−(D(G(z)) − D(x))).  Both [N, 1], row n of each a pair → scalar.
+
+    The paper writes both losses as one min-max of f(D(G(z)) − D(x)) with f(t) = −log(1 + exp(−t)), eq. 2; these two are
+    its non-saturating form, which its experiments use.
+    """
+    return F.softplus(real_logits - fake_logits).mean()
+
+
+def relativistic_d(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """Discriminator's loss, mean softplus(−(D(x) − D(G(z)))).  Both [N, 1], row n of each a pair → scalar."""
+    return F.softplus(fake_logits - real_logits).mean()
+
+
+class Adversarial(NamedTuple):
+    """A loss of two players. g and d take fake and real logits; g's real ones are None unless it is `paired`."""
+
+    g: Callable[[Tensor, Tensor | None], Tensor]
+    d: Callable[[Tensor, Tensor], Tensor]
+    paired: bool = False
+
+
+ADVERSARIAL = {
+    "logistic": Adversarial(
+        lambda fake, real: logistic_g(fake), lambda fake, real: logistic_d_fake(fake) + logistic_d_real(real)
+    ),
+    "hinge": Adversarial(
+        lambda fake, real: hinge_g(fake), lambda fake, real: hinge_d_fake(fake) + hinge_d_real(real)
+    ),
+    "relativistic": Adversarial(relativistic_g, relativistic_d, paired=True),
+}
+
+
 def r1_penalty(real_logits: Tensor, real_img: Tensor, gamma: float) -> Tensor:
-    """R1: mean over n of (γ/2)·Σ_chw (∂ΣD(x)/∂x)².  Differentiable, so that it can be minimised.
+    """R1: mean over n of (γ/2)·Σ_chw (∂ΣD(x)/∂x)².  Differentiable, so that it can be minimised.  Of fakes it is R2.
 
     real_logits [N, 1] must have been computed from real_img [N, C, H, W], which requires grad and is not augmented.
-    Returns a scalar in units of the logistic loss; not multiplied by the lazy interval.
+    Returns a scalar in units of the adversarial loss; not multiplied by the lazy interval.
     """
     (gradient,) = torch.autograd.grad(real_logits.sum(), real_img, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3)).mean() * (gamma / 2)

@@ -1,8 +1,9 @@
 """The phases of a training step, as data: which network they step, how often, on what share of the batch, and their
 loss.
 
-StyleGAN2's four (arXiv 1912.04958): main and lazy path-length phases of G, main and lazy R1 phases of D. HSR (arXiv
-2208.03764) is one term of G's main phase. A loss is a mean over the phase's images.
+StyleGAN2's four (arXiv 1912.04958): main and lazy path-length phases of G, main and lazy R1 phases of D; and R2, which
+is R1 of fakes. The main phases' losses are sums over D and the critics beside it (objectives.py); HSR (arXiv
+2208.03764) is one more term of G's. A loss is a mean over the phase's images.
 
 Whatever changes from step to step reaches a loss as a tensor of its `Round`, and whatever it wants to tell leaves it as
 a tensor of its `Told`: so that a phase's gradients can be a CUDA graph (graphs.py), a loss must read nothing to the
@@ -24,7 +25,11 @@ from hsrgan.engine.distributed import Sharded, World, gathered, mean_over_ranks
 from hsrgan.engine.draws import Draws, interleaved
 from hsrgan.engine.graphs import direct, fresh_leaves
 from hsrgan.engine.hsr import hsr_term
+from hsrgan.engine.objectives import Critic, discriminator_loss, generator_loss
 from hsrgan.engine.stats import Meter
+
+# by the names of D's heads on teachers: the papers' losses
+HEAD_LOSSES = {"projected": "hinge", "vision_aided": "logistic"}
 
 
 class GeneratorWithHeads(nn.Module):
@@ -69,9 +74,10 @@ class Told(NamedTuple):
 
 @dataclass
 class Training:
-    """Everything that the phases share. `pl_mean` is a device tensor, one value the same on all ranks. `call` calls a
-    phase's `gradients`: eagerly, or as a graph. frozen: of "G" and "D" the parameters that no phase moves. anew:
-    which of them resumed without its Adam.
+    """Everything that the phases share. `teachers`: by the recipe's sections that name one; of those but HSR's, D has
+    the heads, as modules of these names. `pl_mean` is a device tensor, one value the same on all ranks. `call` calls a
+    phase's `gradients`: eagerly, or as a graph. frozen: of "G" and "D" the parameters that no phase moves. anew: which
+    of them resumed without its Adam.
     """
 
     recipe: Recipe
@@ -79,7 +85,7 @@ class Training:
     draws: Draws
     g: Sharded
     d: Sharded
-    teacher: nn.Module | None
+    teachers: Mapping[str, nn.Module]
     meter: Meter
     pl_mean: Tensor
     call: Callable[..., Any] = direct
@@ -94,6 +100,20 @@ class Training:
     @property
     def discriminator(self) -> nn.Module:
         return self.d.module
+
+    @property
+    def critics(self) -> list[Critic]:
+        """D, and its heads on teachers, which have the papers' own losses."""
+
+        def on_teacher(name: str, loss: str) -> Critic:
+            heads, teacher = self.discriminator.get_submodule(name), self.teachers[name]
+            weight = self.recipe.on_teachers[name].weight
+            score = lambda images, c, parts: heads(teacher.features(images), c)  # noqa: E731
+            return Critic(f"_{name}", score, losses.ADVERSARIAL[loss], weight)
+
+        own = losses.ADVERSARIAL[self.recipe.objective.loss]
+        found = [Critic("", lambda *seen: (self.discriminator(*seen),), own)]
+        return found + [on_teacher(name, loss) for name, loss in HEAD_LOSSES.items() if name in self.teachers]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the networks and their optimisers, JSON-able. Waits for the device."""
@@ -174,8 +194,26 @@ class Phase:
         """
 
 
-class GMain(Phase):
-    """Non-saturating logistic loss, plus λ·L_HSR on the un-augmented fake while λ > 0."""
+class Main(Phase):
+    """What G's and D's main phases share. A loss that compares a fake with a real gives both the real's label."""
+
+    @property
+    def paired(self) -> bool:
+        return losses.ADVERSARIAL[self.training.recipe.objective.loss].paired
+
+    def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
+        found = super().inputs(images, positions, reals, real_c)
+        return found | {"reals": reals, "real_c": real_c, "c": real_c} if self.paired else found
+
+    def shown(self, fakes: Tensor, batch: Round) -> tuple[Tensor, Tensor]:
+        """The images that the critics look at, with labels: the fakes, and behind them the reals, if there are any."""
+        if batch.reals is None:
+            return fakes, batch.c
+        return torch.cat([fakes, batch.reals]), torch.cat([batch.c, batch.real_c])
+
+
+class GMain(Main):
+    """The critics' losses on the fake, plus λ·L_HSR on the un-augmented fake while λ > 0."""
 
     name, network, stream = "Gmain", "G", 0
 
@@ -191,12 +229,10 @@ class GMain(Phase):
             fakes, features = t.generator.synthesis(ws, noise=batch.noise, return_features=tuple(hsr.layers))
         else:
             fakes = t.generator.synthesis(ws, noise=batch.noise)
-        logits = t.discriminator(fakes, batch.c)
-        loss = losses.logistic_g(logits)
-        means = {"loss/G": loss, "score/fake": logits}
+        loss, means = generator_loss(t.critics, *self.shown(fakes, batch))
         if regularised:
             regulariser = hsr_term(
-                t.g.module.heads, t.teacher, features, fakes,
+                t.g.module.heads, t.teachers["hsr"], features, fakes,
                 weights=hsr.weights_per_res, distance=hsr.distance, detach=hsr.detach,
             )  # fmt: skip
             means["loss/hsr"] = regulariser
@@ -235,9 +271,9 @@ class GReg(Phase):
         t.pl_mean.copy_(losses.path_mean(t.pl_mean, mean, t.recipe.path_length.decay))
 
 
-class DMain(Phase):
-    """Logistic loss on fakes and reals in one pass of D, which holds no more than Gmain's pass through G and D; also
-    where w_avg follows the mean of w (the first z's, before mixing).
+class DMain(Main):
+    """The critics' losses on fakes and reals, in one pass of D, which holds no more than Gmain's pass through G and D;
+    also where w_avg follows the mean of w (the first z's, before mixing).
     """
 
     name, network, stream = "Dmain", "D", 2
@@ -250,19 +286,21 @@ class DMain(Phase):
         with torch.no_grad():
             ws = t.styles(batch)
             fakes = t.generator.synthesis(ws, noise=batch.noise)
-        images, labels = torch.cat([fakes, batch.reals]), torch.cat([batch.c, batch.real_c])
-        fake_logits, real_logits = t.discriminator(images, labels, parts=2).chunk(2)
-        loss = losses.logistic_d_fake(fake_logits) + losses.logistic_d_real(real_logits)
-        return loss, Told({"score/fake_d": fake_logits, "score/real": real_logits, "loss/D": loss}, each=ws[:, 0])
+        loss, means = discriminator_loss(t.critics, *self.shown(fakes, batch))
+        return loss, Told(means, each=ws[:, 0])
 
     def finish(self, mean: Tensor | None, skip: Tensor) -> None:
         t = self.training
         mean = torch.where(skip, t.generator.mapping.w_avg, mean)
         t.generator.mapping.update_w_avg(mean[None], t.recipe.generator.w_avg_beta)
+        if heads := [getattr(t.discriminator, name) for name in HEAD_LOSSES if name in t.teachers]:
+            with gathered(t.d):
+                for each in heads:
+                    each.settle(skip)
 
 
 class DReg(Phase):
-    """R1 on the same reals as Dmain (arXiv 1801.04406, eq. 9)."""
+    """R1 on the same reals as Dmain (arXiv 1801.04406, eq. 9), of D alone: not of the critics on teachers."""
 
     name, network, stream = "Dreg", "D", 3
 
@@ -276,8 +314,22 @@ class DReg(Phase):
         return penalty, Told({"loss/r1": penalty})
 
 
+class DR2(Phase):
+    """R2: the same penalty on fakes of its own (arXiv 1801.04406, eq. 9), of D alone."""
+
+    name, network, stream = "Dr2", "D", 6  # 4 and 5 are the sample grid's and the metrics'
+
+    def loss(self, batch: Round) -> tuple[Tensor, Told]:
+        t = self.training
+        with torch.no_grad():
+            fakes = t.generator.synthesis(t.styles(batch), noise=batch.noise)
+        fakes = fakes.requires_grad_(True)
+        penalty = losses.r1_penalty(t.discriminator(fakes, batch.c), fakes, t.recipe.r2.gamma)
+        return penalty, Told({"loss/r2": penalty})
+
+
 def build_phases(training: Training) -> list[Phase]:
-    """In StyleGAN2's order: Gmain, Greg, Dmain, Dreg; a lazy phase of weight or interval 0 is left out."""
+    """In StyleGAN2's order: Gmain, Greg, Dmain, Dreg, and Dr2; a lazy phase of weight or interval 0 is left out."""
     recipe = training.recipe
     phases: list[Phase] = [GMain(training)]
     if recipe.path_length.active:
@@ -285,6 +337,8 @@ def build_phases(training: Training) -> list[Phase]:
     phases.append(DMain(training))
     if recipe.r1.active:
         phases.append(DReg(training, recipe.r1.interval))
+    if recipe.r2.active:
+        phases.append(DR2(training, recipe.r2.interval))
     return phases
 
 

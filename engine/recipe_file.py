@@ -269,6 +269,8 @@ def allowed(annotation: Any, metadata: tuple | list = ()) -> str:
     elif get_origin(core) is dict:
         key, value = get_args(core)
         text = f"a mapping from {allowed(key)} to {allowed(value)}"
+    elif get_origin(core) is list:
+        text = f"a list whose items are each {allowed(*get_args(core))}"
     else:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
         text = words[core] + _bounds(constraints)
@@ -298,8 +300,8 @@ def type_problem(model: type[BaseModel], path: KeyPath, value: Any, kind: str) -
             path = path[:depth]
             break
         else:
-            key_type, value_type = get_args(_unwrap(annotation)[0])
-            annotation, metadata, description = (key_type if kind == "key" else value_type), (), None
+            *key_type, value_type = get_args(_unwrap(annotation)[0])    # a list's items have no key
+            annotation, metadata, description = (key_type[0] if kind == "key" else value_type), (), None
     what = description or allowed(annotation, metadata)
     name = dotted(path)
     if kind == "missing":

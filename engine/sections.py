@@ -98,6 +98,18 @@ class R1(Section):
         return self.gamma > 0 and self.interval > 0
 
 
+class R2(R1):
+    """R1's penalty on fakes. R3GAN (arXiv 2501.05441) adds both to every main step: with intervals of 1, they are steps
+    of their own in every iteration, among which D's one Adam shares its rate.
+    """
+
+    gamma: NotNegative = 0.0
+
+
+class Objective(Section):
+    loss: Literal["logistic", "hinge", "relativistic"] = "logistic"     # of G and D: losses.ADVERSARIAL
+
+
 class PathLength(Section):
     weight: NotNegative = 2.0       # 0 = phase off, but the interval still scales G's lr (NVIDIA's cifar)
     interval: WholeOrZero = 4       # steps between two penalties, 0 = off and no scaling
@@ -135,6 +147,29 @@ class Hsr(Section):
     ramp_kimg: NotNegative = 0.0    # λ rises linearly over this
     detach: bool = False            # control arm: the heads train, G does not feel it
     parity_normalize: bool = False  # the released code's mixed mean and std
+
+
+Layers = Annotated[list[WholeOrZero], Field(min_length=1, description="a list of teacher layers (0-based), as [2, 5]")]
+
+
+class Projected(Section):
+    """Discriminators on mixed features of a frozen teacher, beside D (Projected GAN, arXiv 2111.01007)."""
+
+    teacher: Text = Field(description="a .safetensors file of tools/fit_teacher.py or a timm model name")
+    weights: Annotated[Text, Field(description=NOT_EMPTY)] | None = None    # file, for a timm name
+    layers: Layers                  # one discriminator each; the paper's four have maps of 1/4, 1/8, 1/16, 1/32
+    channels: Whole = 64            # of the first layer's random projection; each further layer's has twice as many
+    weight: Positive = 1.0          # of their hinge loss beside that of `objective`
+
+
+class VisionAided(Section):
+    """A multi-level discriminator on the features of a frozen teacher, beside D (arXiv 2112.09130)."""
+
+    teacher: Text = Field(description="a .safetensors file of tools/fit_teacher.py or a timm model name")
+    weights: Annotated[Text, Field(description=NOT_EMPTY)] | None = None    # file, for a timm name
+    layers: Layers                  # the last is averaged over its map; the paper's, of ViT-B: [3, 7, 11]
+    hidden: Whole = 256             # channels inside
+    weight: Positive = 1.0          # of its logistic loss beside that of `objective`
 
 
 class Metrics(Section):

@@ -1,4 +1,4 @@
-"""The frozen feature extractor of HSR: any timm backbone, with its own input size and statistics.
+"""A frozen feature extractor, for HSR and for D's heads: any timm backbone, with its own input size and statistics.
 
 Three ways to name one:
 - a file made by tools/fit_teacher.py (.safetensors whose metadata says which timm model it is);
@@ -48,12 +48,17 @@ class Teacher(nn.Module):
 
     net: a timm model; layers {r: index, 0-based, of a block (token models) or of a stage (convolutional ones)};
     input_size (h, w); mean, std of the images in [0, 1], one value per input channel of net.
+    section: of the recipe, for messages. Several teachers may share one net.
     channels {r: C_t} and grids {r: (h, w)} say what comes out. Raises UserError for a layer that net lacks.
     """
 
     def __init__(self, net: nn.Module, layers: Mapping[int, int], input_size: tuple[int, int],
-                 mean: Sequence[float], std: Sequence[float]) -> None:
+                 mean: Sequence[float], std: Sequence[float], section: str = "hsr") -> None:
         super().__init__()
+        if not hasattr(net, "forward_intermediates"):
+            raise UserError(f"{section}.teacher: timm gives no feature maps of {type(net).__name__}: choose another "
+                            "model, such as a ViT, ResNet, ConvNeXt or EfficientNet")
+        self.section = section
         norm, pooled_norm = getattr(net, "norm", None), getattr(net, "fc_norm", None)
         if isinstance(norm, nn.Identity) and isinstance(pooled_norm, nn.LayerNorm):
             net.norm = pooled_norm  # models that average the tokens keep their final norm behind the average
@@ -73,11 +78,11 @@ class Teacher(nn.Module):
 
     def _probe(self) -> dict[int, Tensor]:
         if not self.layers or self.indices[0] < 0:
-            raise UserError(f"hsr.layers is {self.layers}: name at least one layer, counted from 0")
+            raise UserError(f"{self.section}.layers is {self.layers}: name at least one layer, counted from 0")
         try:
             return self(torch.zeros(1, self.scale.shape[1], *self.input_size))
         except AssertionError as error:  # timm's word for an index past the last layer; it names the range
-            raise UserError(f"hsr.layers: {error}; choose layers of this teacher, counted from 0") from None
+            raise UserError(f"{self.section}.layers: {error}; choose layers of this teacher, counted from 0") from None
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode, whatever the module that holds it does."""
@@ -85,7 +90,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, img: Tensor) -> dict[int, Tensor]:
-        """img [N, C, H, W] in [−1, 1], any size, C = 1 or the teacher's → {r: [N, C_t, h, w]}; no gradient passes.
+        """`features` of the image as constants: no gradient passes."""
+        return self.features(img)
+
+    def features(self, img: Tensor) -> dict[int, Tensor]:
+        """img [N, C, H, W] in [−1, 1], any size, C = 1 or the teacher's → {r: [N, C_t, h, w]}. The gradient passes to
+        img, once: fused attention has no second derivative.
 
         C = 4 lies over mid-grey for a teacher of three. Area-resized (adaptive average pooling) to input_size, which
         squeezes a rectangle into a teacher's square. Token models give their patch tokens, without class or
@@ -113,7 +123,7 @@ class Teacher(nn.Module):
         """
         slow = [name for name, m in self.net.named_modules() if getattr(m, "fused_attn", True) is False]
         if slow:
-            raise UserError(f"hsr.teacher: timm's fused attention is off ({slow[0]}): unset TIMM_FUSED_ATTN")
+            raise UserError(f"{self.section}.teacher: timm's fused attention is off ({slow[0]}): unset TIMM_FUSED_ATTN")
         for m in self.net.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 m.to(torch.bfloat16)
@@ -122,24 +132,33 @@ class Teacher(nn.Module):
 
 
 def load_teacher(name_or_file: str, *, weights: str | None = None, layers: Mapping[int, int],
-                 parity_normalize: bool = False) -> Teacher:
-    """The teacher of a recipe's hsr.teacher, hsr.weights and hsr.layers, on the CPU in fp32.
+                 parity_normalize: bool = False, section: str = "hsr",
+                 loaded: dict[tuple[str, str | None], Backbone] | None = None) -> Teacher:
+    """The teacher of a recipe section's `teacher`, `weights` and `layers`, on the CPU in fp32.
 
+    loaded: backbones by name and weights; one that is there is shared, another is added.
     parity_normalize: the released HSR code's mixture of two networks' statistics instead of the teacher's own.
     Raises UserError: no such model or file, a damaged file, weights of another architecture, no such layer.
     """
-    if name_or_file.endswith(".safetensors"):
-        if weights is not None:
-            raise UserError(f"hsr.weights goes with a timm name; {name_or_file} holds its own: leave hsr.weights out")
-        net, size, mean, std = read_teacher_file(Path(name_or_file))
-    elif Path(name_or_file).is_file():
-        raise UserError(f"hsr.teacher {name_or_file} is a weights file: put the timm name in hsr.teacher and the file "
-                        "in hsr.weights")
-    else:
-        net, size, mean, std = open_timm(name_or_file, weights)
+    loaded, key = {} if loaded is None else loaded, (name_or_file, weights)
+    if key not in loaded:
+        loaded[key] = _backbone(name_or_file, weights, section)
+    net, size, mean, std = loaded[key]
     if parity_normalize:
         mean, std = PARITY_MEAN, PARITY_STD
-    return Teacher(net, layers, size, mean, std)
+    return Teacher(net, layers, size, mean, std, section)
+
+
+def _backbone(name_or_file: str, weights: str | None, section: str) -> Backbone:
+    if name_or_file.endswith(".safetensors"):
+        if weights is not None:
+            raise UserError(f"{section}.weights goes with a timm name; {name_or_file} holds its own: leave "
+                            f"{section}.weights out")
+        return read_teacher_file(Path(name_or_file))
+    if Path(name_or_file).is_file():
+        raise UserError(f"{section}.teacher {name_or_file} is a weights file: put the timm name in {section}.teacher "
+                        f"and the file in {section}.weights")
+    return open_timm(name_or_file, weights, section)
 
 
 def save_teacher(path: str | Path, net: nn.Module, *, model: str, kwargs: Mapping[str, object],
@@ -193,7 +212,7 @@ def read_teacher_file(path: Path) -> Backbone:
     return Backbone(net, tuple(size), mean, std)
 
 
-def open_timm(name: str, weights: str | None) -> Backbone:
+def open_timm(name: str, weights: str | None, section: str = "hsr") -> Backbone:
     """The timm network `name` (perhaps with @SIZE) with the weights of a file, or None: what timm finds."""
     import timm
 
@@ -207,8 +226,8 @@ def open_timm(name: str, weights: str | None) -> Backbone:
         try:
             net = timm.create_model(model, pretrained=True)
         except Exception as error:  # no weights published, no network, a damaged cache: many types, one meaning
-            raise UserError(f"hsr.teacher {model!r}: timm could not get its weights ({one_line(error)}): set "
-                            "hsr.weights to a file that holds them") from None
+            raise UserError(f"{section}.teacher {model!r}: timm could not get its weights ({one_line(error)}): set "
+                            f"{section}.weights to a file that holds them") from None
     else:
         path = Path(weights)
         state = read_state_dict(path)

@@ -61,7 +61,7 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
     resumed = checkpoint.resume_point(recipe.run_dir, world)
     if resumed:
         check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
-    generator, discriminator, heads, teacher = assembly.networks(recipe, manifest, world)
+    generator, discriminator, heads, teachers = assembly.networks(recipe, manifest, world)
     g_module, g_ema = GeneratorWithHeads(generator, heads), copy.deepcopy(generator).requires_grad_(False).eval()
     frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
     if resumed:
@@ -74,7 +74,7 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
     for length, average in power.items() if resumed else ():
         resumed.fill(part_name(length), average)
 
-    t = assembly.training(recipe, world, manifest, g_module, discriminator, teacher, frozen)
+    t = assembly.training(recipe, world, manifest, g_module, discriminator, teachers, frozen)
     if resumed:
         t.take_up(resumed.state)
         t.anew = frozen_otherwise(resumed.state["recipe"], frozen, g_module, discriminator)

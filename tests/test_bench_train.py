@@ -77,7 +77,7 @@ def test_peak_follows_what_is_alive():
 
 
 def test_launches_are_counted_and_hold_no_memory():
-    t = plain_training(train_variants.recipe(variant()), torch.device("meta"), None)
+    t = plain_training(train_variants.recipe(variant()), torch.device("meta"), {})
     x = meta(4, 16, 8, 8)
     with counting(t, H200, "triton") as counter:
         for _ in range(10):
@@ -96,7 +96,7 @@ def test_costs_add_up():
 
 def test_products_of_hsr_are_counted_and_others_are_told_by_the_definitions():
     n, c, r, k, ct, grid = 2, 32, 16, 64, 24, 7
-    t = plain_training(train_variants.recipe(variant()), torch.device("meta"), None)
+    t = plain_training(train_variants.recipe(variant()), torch.device("meta"), {})
     shapes = [(n, c, r, r), (k, c, 1, 1), (k,), (ct, k, 1, 1), (ct,), (n, ct, grid, grid)]
     leaves = [meta(*shape, dtype=torch.float32).requires_grad_() for shape in shapes]
     with counting(t, H200, "triton") as counter:

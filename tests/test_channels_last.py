@@ -72,8 +72,8 @@ def watched(phase_name: str, precision: str, spoil=lambda t: None) -> LayoutCopi
         "discriminator": {"conv_clamp": 256.0, "mbstd_group_size": 2, **widths},
     })  # fmt: skip
     teacher = random_teacher({8: 1, 32: 0}, "vit_tiny_patch16_224", depth=2, embed_dim=8, num_heads=2)
-    t = plain_training(recipe, torch.device("cpu"), teacher)
-    t.teacher = Quiet(teacher)
+    t = plain_training(recipe, torch.device("cpu"), {"hsr": teacher})
+    t.teachers = {"hsr": Quiet(teacher)}
     phase = next(p for p in build_phases(t) if p.name == phase_name)
     (t.d if phase.network == "G" else t.g).module.requires_grad_(False)
     reals = torch.rand(BATCH, 3, 64, 64).to(memory_format=torch.channels_last)

@@ -45,6 +45,7 @@ hsr:
   teacher: teacher.safetensors
   layers: {8: 2, 16: 1}
 """
+HEADED = PLAIN + "projected: {teacher: t.safetensors, layers: [1, 3]}\n"
 MINIMAL = "run_dir: runs/test\ndata: {builtin: digits, resolution: 32}\n"
 
 
@@ -90,7 +91,7 @@ def test_shipped_recipe_parses(path, world_size):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_key_of_a_shipped_recipe_can_be_overridden(path):
     recipe = load_recipe(path)
-    off = tuple(f"{section}." for section in ("freeze", "hsr", "metrics") if getattr(recipe, section) is None)
+    off = tuple(f"{section}." for section in Recipe.model_fields if getattr(recipe, section) is None)
     keys = [key for key in KEYS if not key.startswith(off)]
     assert load_recipe(path, [f"{key}={as_yaml(value_of(recipe, key))}" for key in keys]) == recipe
 
@@ -416,6 +417,40 @@ MISTAKES = {
         "override hsr.weights=x.safetensors: hsr.weights goes with a timm name, "
         "teacher.safetensors holds its own: drop the key",
     ),
+    "a layer twice": (
+        (), ["projected={teacher: t.safetensors, layers: [2, 5, 2]}"], 1,
+        "override projected={teacher: t.safetensors, layers: [2, 5, 2]}: projected.layers names layer 2 twice, "
+        "allowed: each layer once",
+    ),
+    "weights beside a critic's teacher file": (
+        (), ["vision_aided={teacher: t.safetensors, layers: [2], weights: w.pth}"], 1,
+        "override vision_aided={teacher: t.safetensors, layers: [2], weights: w.pth}: vision_aided.weights goes with a "
+        "timm name, t.safetensors holds its own: drop the key",
+    ),
+    "no list": (
+        (), ["projected={teacher: t.safetensors, layers: 2}"], 1,
+        "override projected={teacher: t.safetensors, layers: 2}: projected.layers is 2, allowed: "
+        "a list of teacher layers (0-based), as [2, 5]",
+    ),
+    "an item of a list": (
+        (), ["projected={teacher: t.safetensors, layers: [2, -1]}"], 1,
+        "override projected={teacher: t.safetensors, layers: [2, -1]}: projected.layers is -1, allowed: "
+        "a list of teacher layers (0-based), as [2, 5]",
+    ),
+    "an empty list": (
+        (), ["projected={teacher: t.safetensors, layers: []}"], 1,
+        "override projected={teacher: t.safetensors, layers: []}: projected.layers is empty, allowed: "
+        "a list of teacher layers (0-based), as [2, 5]",
+    ),
+    "critic without a weight": (
+        (), ["projected={teacher: t.safetensors, layers: [2], weight: 0}"], 1,
+        "override projected={teacher: t.safetensors, layers: [2], weight: 0}: projected.weight is 0, allowed: "
+        "a number above 0",
+    ),
+    "another loss": (
+        (), ["objective.loss=wgan"], 1,
+        "override objective.loss=wgan: objective.loss is 'wgan', allowed: logistic or hinge or relativistic",
+    ),
     "unknown metric": (
         (), ["metrics={names: fid50kk}"], 1,
         "override metrics={names: fid50kk}: metrics.names: unknown metric 'fid50kk': did you mean fid50k? Known: "
@@ -535,11 +570,15 @@ def test_json_is_stable_and_differences_are_named(load):
         ("hsr.hidden=64", "4096", "64"),
         ("hsr.layers.8=3", "2", "3"),
         ("hsr=null", "a section", "null"),
+        ("projected.layers=[1, 2]", "[1, 3]", "[1, 2]"),
+        ("projected.channels=32", "64", "32"),
+        ("vision_aided={teacher: t.safetensors, layers: [1]}", "null", "a section"),
     ],
 )
 def test_a_checkpoint_of_other_networks_is_refused(load, override, was, now):
     with pytest.raises(UserError) as error:
-        check_same_networks(load(PLAIN).to_json(), load(PLAIN, override), checkpoint="runs/test/checkpoints/000001000")
+        saved = load(HEADED).to_json()
+        check_same_networks(saved, load(HEADED, override), checkpoint="runs/test/checkpoints/000001000")
     key = override.partition("=")[0]
     assert str(error.value) == (
         f"checkpoint runs/test/checkpoints/000001000 was made with {key} = {was}, the recipe says {now}: "
@@ -551,6 +590,8 @@ def test_a_checkpoint_of_the_same_networks_is_welcome(load):
     other = load(PLAIN, "r1.gamma=2", "batch=64", "precision=bf16", "hsr.weight=0", "zero_stage=1", "run_dir=x")
     assert recipe_differences(load(PLAIN), other)
     check_same_networks(load(PLAIN), other, checkpoint="c")
+    other = load(HEADED, "projected.weight=2", "objective.loss=hinge", "r2.gamma=1")
+    check_same_networks(load(HEADED), other, checkpoint="c")
 
 
 def test_files_of_a_recipe_are_looked_for(load, tmp_path):
@@ -560,6 +601,8 @@ def test_files_of_a_recipe_are_looked_for(load, tmp_path):
     assert str(error.value) == f"hsr.teacher: teacher.safetensors does not exist (looked for from {tmp_path})"
     Path("teacher.safetensors").touch()
     check_paths(recipe)
+    with pytest.raises(UserError, match=r"^projected\.teacher: t\.safetensors does not exist"):
+        check_paths(load(HEADED))
     check_paths(load(PLAIN, "hsr.teacher=vit_base_patch16_224.dino"))   # a timm name is no file
     with pytest.raises(UserError, match=r"^hsr\.weights: w does not exist"):
         check_paths(load(PLAIN, "hsr.teacher=vit_base_patch16_224.dino", "hsr.weights=w"))

@@ -96,7 +96,7 @@ def held(part: str, name: str) -> bool:
 def test_a_frozen_parameter_is_not_differentiated_and_the_others_are_as_ever(phase_name):
     gradients = []
     for freeze in (Freeze(), Freeze(d=4, mapping=True, names=["D.b4.out.*", "G.synthesis.b4.const"])):
-        t = plain_training(recipe(hsr=None), CPU, None)
+        t = plain_training(recipe(hsr=None), CPU, {})
         t.frozen = frozen_parameters(freeze, t.g.module, t.d.module)
         phase = next(p for p in build_phases(t) if p.name == phase_name)
         net, other = (t.g, t.d) if phase.network == "G" else (t.d, t.g)

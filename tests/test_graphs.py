@@ -9,16 +9,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsrgan.engine import graphs
+from hsrgan.engine.assembly import load_teachers
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import World
 from hsrgan.engine.phases import build_phases, rounds
-from hsrgan.engine.teacher import load_teacher
 from hsrgan.kernels import launch
 from hsrgan.tools.plain_training import on_meta, plain_training, random_teacher, run_step
 
 DIGITS = Path(__file__).parents[1] / "recipes" / "digits_teacher.safetensors"
 CPU = torch.device("cpu")
 HSR = {"teacher": str(DIGITS), "layers": {8: 3, 16: 1}, "hidden": 8, "start_kimg": 0.024, "ramp_kimg": 0.016}
+CRITICS = {
+    "projected": {"teacher": str(DIGITS), "layers": [1, 3], "channels": 4},
+    "vision_aided": {"teacher": str(DIGITS), "layers": [0, 2], "hidden": 8},
+}
+R3GAN = {"objective": {"loss": "relativistic"}, "r2": {"gamma": 1.0, "interval": 2}}
 
 
 def recipe(**changes) -> Recipe:
@@ -71,7 +76,7 @@ def tensors(tree):
 
 def trained(call, steps: int = 7, **changes) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     settings = recipe(**changes)
-    t = plain_training(settings, CPU, load_teacher(str(DIGITS), layers=HSR["layers"]), num_classes=3)
+    t = plain_training(settings, CPU, load_teachers(settings), num_classes=3)
     t.call = call
     phases = build_phases(t)
     generator = torch.Generator().manual_seed(5)
@@ -95,6 +100,15 @@ def test_replayed_phases_train_bitwise_as_eager_ones(accumulation):
     assert len(backend.recorded) == 5  # four phases, and Gmain again where HSR begins
     assert len(said) == 1 and "Gmain changes" in said[0] and "hsr_weight" in said[0]
     assert eager["pl_mean"] > 0 and eager["G.generator.mapping.w_avg"].abs().sum() > 0
+
+
+def test_other_objectives_replay_bitwise():
+    """Five steps with critics on teachers, a loss that pairs, and R2: singular vectors move outside of the graphs."""
+    backend, said = Replayed(), []
+    eager, means = trained(graphs.direct, 5, **CRITICS, **R3GAN)
+    graphed, graphed_means = trained(graphs.Graphs(backend, said.append), 5, **CRITICS, **R3GAN)
+    assert all(torch.equal(eager[key], graphed[key]) for key in eager) and means == graphed_means
+    assert len(backend.recorded) == 6 and {"loss/r2", "loss/G_projected", "score/real_vision_aided"} <= means.keys()
 
 
 def test_a_refused_recording_is_said_once_and_training_goes_on_eagerly():
@@ -162,13 +176,15 @@ class NothingCrosses(TorchDispatchMode):
         return out
 
 
-def on_device(backend: str, phase_name: str, precision: str, spoil=lambda t: None) -> int:
+def on_device(backend: str, phase_name: str, precision: str, spoil=lambda t: None, **changes) -> int:
     """Run a phase's gradients on meta tensors, which have no values to read; the number of calls seen."""
     meta = torch.device("meta")
-    settings = recipe(precision=precision, data={"builtin": "digits", "resolution": 16, "channels": 3})
+    settings = recipe(precision=precision, data={"builtin": "digits", "resolution": 16, "channels": 3}, **changes)
     with meta:
-        teacher = random_teacher(HSR["layers"], "vit_tiny_patch16_224")
-    t = plain_training(settings, meta, teacher, num_classes=3)
+        teachers = {name: random_teacher(HSR["layers"] if name == "hsr" else {i: i for i in section.layers},
+                                         "vit_tiny_patch16_224")
+                    for name, section in settings.on_teachers.items()}  # fmt: skip
+    t = plain_training(settings, meta, teachers, num_classes=3)
     spoil(t)
     phase = next(p for p in build_phases(t) if p.name == phase_name)
     other = t.d if phase.network == "G" else t.g
@@ -192,13 +208,18 @@ def test_no_phase_reads_from_or_copies_to_the_device(phase, backend):
     assert on_device(backend, phase, "fp16") > 100
 
 
+@pytest.mark.parametrize("phase", ["Gmain", "Dmain", "Dr2"])
+def test_no_other_objective_reads_from_or_copies_to_the_device(phase):
+    assert on_device("torch", phase, "fp16", **CRITICS, **R3GAN) > 100
+
+
 def test_a_read_and_a_copy_are_caught():
     class Reading(nn.Module):
-        def forward(self, x, c):
+        def forward(self, x, c, parts):
             return x.flatten(1)[:, :1] * float(x.detach().mean())
 
     class Copying(nn.Module):
-        def forward(self, x, c):
+        def forward(self, x, c, parts):
             return x.flatten(1)[:, :1] * torch.tensor([2.0], device=x.device)
 
     for spoiler in (Reading(), Copying()):

@@ -12,7 +12,8 @@ OURS = {"engine", "kernels", "tools", "recipes"}
 KERNELS = {"hsrgan.kernels"}
 BELOW = ("errors", "sizes", "safe_pickle", "tensor_files", "layers", "blocks", "pretrained", "model")
 NETWORKS = KERNELS | {f"hsrgan.engine.{name}" for name in BELOW}
-OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ("losses", "alpha", "teacher", "ema")}
+ABOVE = ("losses", "objectives", "projected", "alpha", "teacher", "ema")
+OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ABOVE}
 ALLOWED = {  # what a module may import of ours; a prefix stands for everything below it
     "hsrgan.kernels": KERNELS,
     **dict.fromkeys(NETWORKS - KERNELS, NETWORKS),

@@ -27,6 +27,52 @@ def test_logistic_losses_stay_finite_where_the_likelihood_underflows():
     assert losses.logistic_g(torch.tensor([[-1000.0]])) == 1000
 
 
+def by_hand(loss, fake, real):
+    """(G's loss, D's loss) of logits as lists of numbers, as the papers write them."""
+    def softplus(t):
+        return math.log(1 + math.exp(t))
+
+    n = len(fake)
+    if loss == "logistic":
+        return (sum(softplus(-f) for f in fake) / n,
+                sum(softplus(f) for f in fake) / n + sum(softplus(-r) for r in real) / n)
+    if loss == "hinge":
+        return (-sum(fake) / n, sum(max(0, 1 + f) for f in fake) / n + sum(max(0, 1 - r) for r in real) / n)
+    pairs = list(zip(fake, real, strict=True))
+    return sum(softplus(-(f - r)) for f, r in pairs) / n, sum(softplus(-(r - f)) for f, r in pairs) / n
+
+
+@pytest.mark.parametrize("loss", losses.ADVERSARIAL)
+def test_adversarial_losses_equal_the_papers_with_gradients_of_the_right_sign(loss):
+    fake, real = (2 * f64(7, 1, seed=seed) for seed in (1, 2))  # on both sides of hinge's corners
+    g, d, paired = losses.ADVERSARIAL[loss]
+    assert paired == (loss == "relativistic")
+    want = by_hand(loss, fake.flatten().tolist(), real.flatten().tolist())
+    for player, expected, signs in ((g, want[0], (-1, 1)), (d, want[1], (1, -1))):
+        seen = [t.clone().requires_grad_() for t in (fake, real)]
+        value = player(*seen)
+        assert value.item() == pytest.approx(expected, rel=1e-12)
+        gradients = torch.autograd.grad(value, seen, allow_unused=True)
+        if player is g and not paired:
+            assert gradients[1] is None  # reals say nothing to G
+            assert torch.equal(value, g(fake, None))
+        for i, (gradient, sign) in enumerate(zip(gradients, signs, strict=True)):
+            if gradient is not None:  # downhill, G raises D(G(z)) and D lowers it; D raises D(x), G lowers it if it can
+                assert (sign * gradient >= 0).all() and gradient.abs().sum() > 0
+                direction = f64(7, 1, seed=3 + i)
+                others = [t.detach() for t in seen]
+                step = [1e-5 * direction if k == i else 0 for k in range(2)]
+                up, down = (player(*(t + sign * s for t, s in zip(others, step, strict=True))) for sign in (1, -1))
+                torch.testing.assert_close((gradient * direction).sum(), (up - down) / 2e-5, rtol=1e-7, atol=1e-10)
+
+
+def test_relativistic_losses_stay_finite_and_depend_on_the_pairing_alone():
+    fake, real = f64(5, 1), f64(5, 1, seed=1)
+    assert losses.relativistic_d(torch.tensor([[900.0]]), torch.tensor([[-100.0]])) == 1000
+    torch.testing.assert_close(losses.relativistic_g(fake + 7, real + 7), losses.relativistic_g(fake, real))
+    assert losses.relativistic_d(fake, real) != losses.relativistic_d(fake, real.roll(1, 0))
+
+
 def test_r1_of_a_quadratic_in_closed_form():
     # D(x) = ½ Σ a x²  →  ∂D/∂x = a x;  d(penalty)/da = γ/N Σ a x²
     x, a = f64(3, 2, 4, 4).requires_grad_(), f64(2, 4, 4, seed=1).requires_grad_()

@@ -5,12 +5,12 @@ Everything is as in engine/train.py but the two engines, for which `Plain` stand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hsrgan.engine.assembly import HALF, HEADS
+from hsrgan.engine.assembly import HALF, HEADS, critic_heads
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import World, lazy_adam, mended
 from hsrgan.engine.draws import Draws
@@ -29,7 +29,7 @@ class Plain:
 
     zero_stage = 0
 
-    def __init__(self, module: nn.Module, lr: float, interval: int) -> None:
+    def __init__(self, module: nn.Module, lr: float, interval: float) -> None:
         self.module, self.parameters = module, list(module.parameters())
         self.optimizer = lazy_adam(self.parameters, lr, 0.0, 0.99, 1e-8, interval)
         self.finite = Finite([name for name, _ in module.named_parameters()], self.parameters[0].device)
@@ -55,9 +55,12 @@ def random_teacher(layers: dict[int, int], model: str = TEACHER, **kwargs: objec
     return Teacher(net, layers, tuple(net.pretrained_cfg["input_size"][1:]), (0.5,) * 3, (0.5,) * 3)
 
 
-def plain_training(recipe: Recipe, device: torch.device, teacher: Teacher | None, num_classes: int = 0) -> Training:
+def plain_training(
+    recipe: Recipe, device: torch.device, teachers: Mapping[str, Teacher], num_classes: int = 0
+) -> Training:
     """The recipe's networks from its seed, of `num_classes` classes, with everything that its phases need.
 
+    teachers: of the recipe's sections that name one (`Recipe.on_teachers`).
     device "meta": networks without values; rounds are drawn on the CPU and taken there by `on_meta`.
     """
     host = torch.device("cpu") if device.type == "meta" else device
@@ -74,14 +77,16 @@ def plain_training(recipe: Recipe, device: torch.device, teacher: Teacher | None
         heads = None
         if recipe.hsr:
             widths = {r: g.synthesis.channels[r] for r in recipe.hsr.layers}
-            heads = HSRHeads(widths, teacher.channels, recipe.hsr.hidden, HEADS[recipe.precision])
+            heads = HSRHeads(widths, teachers["hsr"].channels, recipe.hsr.hidden, HEADS[recipe.precision])
+        for name, critic in critic_heads(recipe, teachers, num_classes).items():
+            d.add_module(name, critic)
     return Training(
         recipe=recipe,
         world=World(0, 1, 0, 1, host),
         draws=Draws(recipe.seed, host, [1] * num_classes),
         g=Plain(GeneratorWithHeads(g, heads), recipe.generator.lr, recipe.path_length.interval),
-        d=Plain(d, recipe.discriminator.lr, recipe.r1.interval),
-        teacher=teacher,
+        d=Plain(d, recipe.discriminator.lr, recipe.d_interval),
+        teachers=teachers,
         meter=Meter(host),
         pl_mean=torch.zeros((), device=device),
     )

@@ -87,10 +87,11 @@ def training(variant: Variant, probes: Probes) -> Training:
     """Biases and noise strengths are moved off zero, so that a wrong one shows."""
     with torch.device(probes.device):
         torch.manual_seed(1)
-        teacher = random_teacher(HSR_LAYERS) if variant.hsr else None
-    if teacher is not None and probes.device.type == "cuda":
-        teacher.to_bf16()
-    t = plain_training(recipe(variant), probes.device, teacher)
+        teachers = {"hsr": random_teacher(HSR_LAYERS)} if variant.hsr else {}
+    if probes.device.type == "cuda":
+        for teacher in teachers.values():
+            teacher.to_bf16()
+    t = plain_training(recipe(variant), probes.device, teachers)
     with torch.no_grad():
         for parameter in (*t.g.parameters, *t.d.parameters):
             if parameter.ndim == 1:

@@ -158,7 +158,7 @@ class NarrowTeacher(nn.Module):
 def counting(t: Training, gpu: Gpu, backend: str) -> Iterator[Counter]:
     """The ops of `backend` on meta tensors, counted."""
     counter = Counter(gpu)
-    teachers = [t.teacher] if isinstance(t.teacher, NarrowTeacher) else []
+    teachers = [teacher for teacher in t.teachers.values() if isinstance(teacher, NarrowTeacher)]
     with ExitStack() as stack:
         if backend == "triton":
             counter.launches = stack.enter_context(launch.record(gpu.target))
@@ -226,7 +226,7 @@ def _costs(variant: Variant, gpu: Gpu) -> tuple[Training, dict[str, tuple[float,
         with torch.device("meta"):
             teacher = NarrowTeacher(random_teacher(HSR_LAYERS))
             teacher.channels = teacher.teacher.channels
-    t = plain_training(settings, torch.device("meta"), teacher)
+    t = plain_training(settings, torch.device("meta"), {} if teacher is None else {"hsr": teacher})
     reals = torch.empty(variant.batch, 3, settings.data.resolution, settings.data.resolution)
     reals, labels = reals.to(memory_format=torch.channels_last), torch.empty(variant.batch, 0)
     costs = {}
