@@ -7,6 +7,7 @@ import os
 import torch
 
 from hsrgan.engine import distributed
+from hsrgan.engine.augment import Augmentation
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
@@ -71,13 +72,15 @@ def training(
             module, optimizer, zero_stage=recipe.zero_stage, micro_batch=micro, skip=recipe.faults.nonfinite == "skip"
         )
 
+    draws = Draws(recipe.seed, world.device, manifest.class_counts if recipe.data.labels else ())
     return Training(
         recipe=recipe,
         world=world,
-        draws=Draws(recipe.seed, world.device, manifest.class_counts if recipe.data.labels else ()),
+        draws=draws,
         g=shard(g_module, recipe.generator.lr, recipe.path_length.interval),
         d=shard(discriminator, recipe.discriminator.lr, recipe.r1.interval),
         teacher=teacher,
         meter=Meter(world.device),
         pl_mean=torch.zeros((), device=world.device),
+        augment=Augmentation(recipe, draws, world, world.device) if recipe.augment else None,
     )

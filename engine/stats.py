@@ -158,9 +158,18 @@ class RunLog:
             return
         stamp = f"{kimg:08.1f}" if self._total_images < 100_000 else f"{round(kimg):06d}"
         save_png(image_grid(images), self.run_dir / "samples" / f"fakes-{stamp}.png")
+        self._show("fakes", images, round(kimg * 1000))
+
+    def augmented(self, images: Tensor, seen: int) -> None:
+        """Write `images` to samples/augmented.png and to TensorBoard, as of `seen` images of the run."""
+        if self._active:
+            save_png(image_grid(images), self.run_dir / "samples" / "augmented.png")
+            self._show("augmented", images, seen)
+
+    def _show(self, name: str, images: Tensor, seen: int) -> None:
         with writable(self.run_dir / "tensorboard"):
             grid = np.asarray(image_grid(images, scale=1))
-            self._board.add_image("fakes", grid, round(kimg * 1000), dataformats="HW" if grid.ndim == 2 else "HWC")
+            self._board.add_image(name, grid, seen, dataformats="HW" if grid.ndim == 2 else "HWC")
 
     def step(self, images_seen: int) -> None:
         """Note that `images_seen` images are done, and move the progress line at most twice a second."""

@@ -111,6 +111,8 @@ def _loop(
             for phase in phases:
                 if step % phase.interval == 0:
                     run_phase(phase, t, images, reals, real_c)
+            if t.augment:
+                t.augment.adapt(step)
             with distributed.gathered(t.g):
                 update_ema(out.g_ema, t.generator, ema_beta(batch, images, recipe.ema.kimg, recipe.ema.rampup))
             seen, images = images, images + batch
@@ -119,7 +121,7 @@ def _loop(
             log.step(images)
             if last or leaving or _crossed(recipe.tick_kimg, seen, images):
                 counts, lines, now_diverged = not_finite(t)
-                means = t.meter.collect()
+                means = t.meter.collect() | (t.augment.told() if t.augment else {})
                 with writing():
                     means |= bad_samples.collect(log)
                 with writing():
@@ -131,6 +133,8 @@ def _loop(
             if last or _crossed(recipe.image_kimg, seen, images):
                 with writing():
                     log.fakes(out.pictures(), images / 1000)
+                    if t.augment:
+                        log.augmented(out.augmented(reals, seen), images)
             if last or _crossed(recipe.snapshot_kimg, seen, images):
                 with writing():
                     out.snapshot(images)

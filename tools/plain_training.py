@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hsrgan.engine.assembly import HALF, HEADS
+from hsrgan.engine.augment import Augmentation
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import World, lazy_adam, mended
 from hsrgan.engine.draws import Draws
@@ -75,15 +76,17 @@ def plain_training(recipe: Recipe, device: torch.device, teacher: Teacher | None
         if recipe.hsr:
             widths = {r: g.synthesis.channels[r] for r in recipe.hsr.layers}
             heads = HSRHeads(widths, teacher.channels, recipe.hsr.hidden, HEADS[recipe.precision])
+    world, draws = World(0, 1, 0, 1, host), Draws(recipe.seed, host, [1] * num_classes)
     return Training(
         recipe=recipe,
-        world=World(0, 1, 0, 1, host),
-        draws=Draws(recipe.seed, host, [1] * num_classes),
+        world=world,
+        draws=draws,
         g=Plain(GeneratorWithHeads(g, heads), recipe.generator.lr, recipe.path_length.interval),
         d=Plain(d, recipe.discriminator.lr, recipe.r1.interval),
         teacher=teacher,
         meter=Meter(host),
         pl_mean=torch.zeros((), device=device),
+        augment=Augmentation(recipe, draws, world, device) if recipe.augment else None,
     )
 
 
@@ -97,3 +100,5 @@ def run_step(t: Training, phases: Sequence[Phase], images: int, reals: Tensor, r
     for phase in phases:
         if images // t.recipe.batch % phase.interval == 0:
             run_phase(phase, t, images, reals, real_c)
+    if t.augment:
+        t.augment.adapt(images // t.recipe.batch)
