@@ -47,7 +47,7 @@ def amplify(x: Tensor, gains: Tensor, bank: Tensor) -> Tensor:
     """x [n, C, H, W] with each band of both axes times its gain [n, 4]; mirrored beyond the edges."""
     n, c, h, w = x.shape
     kernel = (gains[:, :, None] * bank.to(gains.dtype)).sum(1)  # [n, 43]
-    weight = kernel.repeat_interleave(c, 0)[:, None]  # one filter for each of n·C planes
+    weight = kernel[:, None].expand(n, c, -1).reshape(n * c, 1, -1)  # one filter for each plane
     margin = bank.shape[1] // 2
     x = mirrored(mirrored(x.reshape(1, n * c, h, w), margin, 2), margin, 3)
     x = F.conv2d(x, weight[:, :, None], groups=n * c)

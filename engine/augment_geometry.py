@@ -28,7 +28,7 @@ SYM6 = (  # scaling filter of the wavelet sym6 (Daubechies, Ten Lectures, table 
     0.0017677118642428036, -0.007800708325034148,
 )  # fmt: skip
 MARGIN = 3  # pixels around the output that h reaches: half of its taps, at twice the resolution
-CANVAS = 2**28  # numbers in the canvases of the images that are warped at a time: 1 GiB in fp32
+CANVAS = 2**27  # numbers in the canvases of the images that are warped at a time: 512 MiB in fp32, one 1024² image
 
 
 def low_pass(device: torch.device | str = "cpu") -> Tensor:
@@ -117,17 +117,15 @@ def inverse(numbers: Numbers, transforms: tuple, height: int, width: int) -> Ten
 
 
 def mirrored(x: Tensor, margin: int, dim: int) -> Tensor:
-    """x with `margin` more pixels at both ends of `dim`, mirrored about the outermost pixel, as often as it takes.
+    """x with `margin` more pixels at both ends of `dim` (of 2 or more), mirrored about the outermost pixel, as often as
+    it takes.
 
     As F.pad's reflect, but its gradient is a sum in a fixed order.
     """
     while margin > 0:
         last = x.shape[dim] - 1
-        step = min(margin, last) if last else margin
-        if last:
-            before, after = x.narrow(dim, 1, step).flip(dim), x.narrow(dim, last - step, step).flip(dim)
-        else:  # a single pixel
-            before = after = x.repeat_interleave(step, dim)
+        step = min(margin, last)
+        before, after = x.narrow(dim, 1, step).flip(dim), x.narrow(dim, last - step, step).flip(dim)
         x, margin = torch.cat([before, x, after], dim), margin - step
     return x
 

@@ -6,7 +6,7 @@ checkpoints/000040960/        images seen
     G.safetensors             generator (published keys below `generator.`) and HSR heads (`heads.`)
     D.safetensors  G_ema.safetensors
     G_adam.safetensors  D_adam.safetensors      `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
-    state.json                format, images, pl_mean, Adam's steps, the resolved recipe
+    state.json                format, images, pl_mean, ADA's p, Adam's steps, the resolved recipe
     SHA256SUMS                of all these, as sha256sum writes and checks it
 """
 

@@ -179,6 +179,7 @@ def test_p_rises_while_d_is_sure_of_reals_and_falls_when_it_is_not():
     t = training(MODES["ada"], 0)
     confident(t, 3.0)
     assert steps(t, 17) == [0, 0, 0, *[0.32] * 4, *[0.64] * 4, *[0.96] * 4, 1.0, 1.0]  # and no further than 1
+    assert next(rounds(build_phases(t)[0], t, 0, *batch_of(0, 0))).augment_p == 1  # what the next step is made with
     confident(t, -3.0)
     assert steps(t, 4)[-1] == 0.68
     means = t.meter.collect()
