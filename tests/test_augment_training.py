@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from test_graphs import DIGITS, HSR, recipe
 from torch import nn
 
-from hsrgan.engine import augment_geometry
-from hsrgan.engine.augment import Augmentation
+from hsrgan.engine import augment_geometry, diffaugment
+from hsrgan.engine.augment import Augmentation, Pipe
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import World
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.phases import DReg, Training, build_phases, rounds, run_phase
-from hsrgan.engine.sections import AUGMENT_DEFAULTS
+from hsrgan.engine.sections import AUGMENT_DEFAULTS, PIPES
 from hsrgan.engine.stats import read_log
 from hsrgan.engine.teacher import load_teacher
 from hsrgan.tools.plain_training import plain_training, run_step
@@ -142,6 +142,25 @@ def test_r1_is_of_the_image_before_the_augmentation():
     assert penalty.item() == pytest.approx(total.item(), rel=1e-4)
     (expected,) = torch.autograd.grad(total, direct)
     assert (slope - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("policy", ["color", "translation", "cutout", "cutout,color"])
+def test_a_policy_is_what_it_names_in_its_order(policy):
+    t = training({"mode": "diffaugment", "policy": policy})
+    (batch,) = rounds(DReg(t), t, 0, *batch_of())
+    expected = batch.reals
+    for name in policy.split(","):
+        expected = diffaugment.POLICY[name](expected, batch.augment)
+    assert torch.equal(t.augmented(batch.reals, batch), expected) and not torch.equal(expected, batch.reals)
+
+
+@pytest.mark.parametrize("pipe", PIPES)
+def test_a_pipe_is_what_the_recipe_names(pipe):
+    t = training({"mode": "fixed", "pipe": pipe, "p": 0.7})
+    (batch,) = rounds(DReg(t), t, 0, *batch_of())
+    numbers = batch.augment, torch.tensor(0.7), batch.augment_noise
+    assert torch.equal(t.augmented(batch.reals, batch), Pipe(pipe, CPU)(batch.reals, *numbers))
+    assert (batch.augment_noise is None) == ("noise" not in PIPES[pipe])  # a field as large as the image
 
 
 def test_the_generators_gradient_keeps_its_memory_format():
