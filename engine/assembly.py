@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from hsrgan.engine import distributed
+from hsrgan.engine.augment import Augmentation
 from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.balanced import check_balanced
 from hsrgan.engine.config import Recipe
@@ -154,14 +155,16 @@ def training(
             module, optimizer, zero_stage=recipe.zero_stage, micro_batch=micro, skip=recipe.faults.nonfinite == "skip"
         )
 
+    draws = Draws(recipe.seed, world.device, fake_labels(recipe.data, manifest))
     return Training(
         recipe=recipe,
         world=world,
-        draws=Draws(recipe.seed, world.device, fake_labels(recipe.data, manifest)),
+        draws=draws,
         g=shard(g_module, recipe.generator.lr, recipe.path_length.interval),
         d=shard(discriminator, recipe.discriminator.lr, recipe.d_interval),
         teachers=teachers,
         meter=Meter(world.device),
         pl_mean=torch.zeros((), device=world.device),
         frozen=frozen,
+        augment=Augmentation(recipe, draws, world, world.device) if recipe.augment else None,
     )

@@ -25,10 +25,12 @@ from hsrgan.engine.recipe_file import (
     unknown_keys,
 )
 from hsrgan.engine.sections import (
+    AUGMENT_DEFAULTS,
     NOT_EMPTY,
     R1,
     R2,
     Adam,
+    Augment,
     Data,
     Discriminator,
     Ema,
@@ -83,6 +85,7 @@ class Recipe(Section):
     ema: Ema
     faults: Faults = Faults()
     freeze: Freeze | None = None
+    augment: Augment | None = None
     hsr: Hsr | None = None
     projected: Projected | None = None
     vision_aided: VisionAided | None = None
@@ -127,8 +130,9 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     """The recipe in the file `path`, with `overrides` ("r1.gamma=1", value read as YAML) over it, resolved and checked.
 
     Precedence: override, file, preset, default. `world_size` is the number of ranks: the preset `auto` and the
-    divisibility of the batch depend on it. Two defaults depend on other keys: `num_fp16_res` is 4, or as many as the
-    resolution has; `conv_clamp` is 256 in half precision and null in fp32 (as NVIDIA's --fp32).
+    divisibility of the batch depend on it. Some defaults depend on other keys: `num_fp16_res` is 4, or as many as the
+    resolution has; `conv_clamp` is 256 in half precision and null in fp32 (as NVIDIA's --fp32); those of `augment` are
+    its mode's.
 
     Raises `UserError`, one line: file and line (or the override), the key, what was found and what is allowed.
     """
@@ -173,6 +177,10 @@ def _fill(source: Source, world_size: int) -> None:
     for network in ("generator", "discriminator"):
         source.set_default((network, "num_fp16_res"), min(4, levels))
         source.set_default((network, "conv_clamp"), 256.0 if half else None)
+    if isinstance(augment := source.get(("augment",)), dict):
+        mode = augment.setdefault("mode", "ada")
+        for key, value in (AUGMENT_DEFAULTS.get(mode, {}) if isinstance(mode, str) else {}).items():
+            augment.setdefault(key, value)
 
 
 def _is_count(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.recipe_file import KeyPath
-from hsrgan.engine.sections import Data, Hsr, Metrics
+from hsrgan.engine.sections import AUGMENT_DEFAULTS, POLICIES, Augment, Data, Hsr, Metrics
 from hsrgan.engine.sizes import block_sizes
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
         if section.weights and section.teacher.endswith(".safetensors"):
             text = f"{section_name}.weights goes with a timm name, {section.teacher} holds its own: drop the key"
             yield (section_name, "weights"), text
+    if recipe.augment:
+        yield from _augment_inconsistencies(recipe.augment)
     if recipe.hsr:
         yield from _hsr_inconsistencies(recipe.hsr, blocks[1:], recipe.kimg)
     for name, section in (("projected", recipe.projected), ("vision_aided", recipe.vision_aided)):
@@ -98,6 +100,25 @@ def _batch_inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[Ke
                 f"allowed: a multiple of {split} = {parts}"
             )
             yield ("path_length", "batch_shrink"), text
+
+
+def _augment_inconsistencies(augment: Augment) -> Iterator[tuple[KeyPath, str]]:
+    keys = AUGMENT_DEFAULTS[augment.mode]
+    for key, value in augment:
+        if key == "mode":
+            continue
+        if key in keys and value is None:
+            default = "" if keys[key] is None else f", such as {keys[key]}"
+            yield ("augment", key), f"augment.{key} is null, allowed in mode {augment.mode}: a value{default}"
+        if key not in keys and value is not None:
+            text = f"augment.{key} is {value}, allowed in mode {augment.mode}: null, which has {', '.join(keys)}"
+            yield ("augment", key), text
+    if augment.mode == "fixed" and augment.p == 0:
+        yield ("augment", "p"), "augment.p is 0, allowed in mode fixed: above 0; without augmentation set augment: null"
+    names = augment.policies
+    if set(names) - set(POLICIES) or len(set(names)) < len(names):
+        text = f"augment.policy is {augment.policy!r}, allowed: some of {','.join(POLICIES)}, each once"
+        yield ("augment", "policy"), text
 
 
 def _hsr_inconsistencies(hsr: Hsr, blocks: list[int], kimg: float) -> Iterator[tuple[KeyPath, str]]:

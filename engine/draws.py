@@ -16,7 +16,7 @@ import torch
 
 from hsrgan.engine.labels import ClassCounts, LabelSets
 
-_LATENT, _BATCH, _NOISE, _DIRECTION, _UNIFORM = range(5)
+_LATENT, _BATCH, _NOISE, _DIRECTION, _UNIFORM, _AUGMENT, _PIXEL = range(7)
 
 
 class Latents(NamedTuple):
@@ -86,6 +86,19 @@ class Draws:
     def directions(self, phase: int, positions: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """Standard normal [n, *shape]: the random image directions y of the path-length penalty."""
         return self._field(_DIRECTION, phase, positions, int(np.prod(shape))).view(len(positions), *shape)
+
+    def augmentation(self, phase: int, positions: Sequence[int], uniform: int, normal: int) -> torch.Tensor:
+        """[n, uniform + normal] float32: so many numbers in [0, 1), then so many standard normal ones."""
+        rows = np.empty((len(positions), uniform + normal), np.float32)
+        for row, position in zip(rows, positions, strict=True):
+            generator = self._host(_AUGMENT, phase, position)
+            row[:uniform] = generator.random(uniform, np.float32)
+            row[uniform:] = generator.standard_normal(normal, np.float32)
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+    def pixels(self, phase: int, positions: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        """Standard normal [n, *shape]: the noise that augmentation adds to an image."""
+        return self._field(_PIXEL, phase, positions, int(np.prod(shape))).view(len(positions), *shape)
 
     def _field(self, kind: int, phase: int, positions: Sequence[int], size: int) -> torch.Tensor:
         if self._device_generator is None:

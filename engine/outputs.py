@@ -9,11 +9,12 @@ import torch
 
 from hsrgan.engine import checkpoint
 from hsrgan.engine.aside import writable
+from hsrgan.engine.augment import REALS_STREAM
 from hsrgan.engine.distributed import from_first
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.labels import Label, multi_hot, name_of
 from hsrgan.engine.model import Generator
-from hsrgan.engine.phases import Training
+from hsrgan.engine.phases import Round, Training
 from hsrgan.engine.power_ema import part_name
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.sizes import plain
@@ -92,6 +93,15 @@ class Outputs:
         with torch.no_grad():
             pairs = zip(zs.split(batch), cs.split(batch), strict=True)
             return torch.cat([self.g_ema(z, c, noise_mode="const") for z, c in pairs]).cpu()
+
+    def augmented(self, reals: torch.Tensor, seen: int) -> torch.Tensor:
+        """This rank's reals of the step after `seen` images as Dmain has shown them to D, at the p of now; at most
+        PICTURES.
+        """
+        reals, world = reals[:PICTURES], self.t.world
+        first = seen + world.rank * (self.t.recipe.batch // world.size)
+        fields = self.t.augment.inputs([REALS_STREAM], range(first, first + len(reals)), reals.shape[1:])
+        return self.t.augment(reals, Round(**fields))
 
     def snapshot(self, images: int) -> None:
         self._save(self.snapshot_path(images), images)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hsrgan.engine import losses
+from hsrgan.engine.augment import REALS_STREAM, Augmentation
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import Sharded, World, gathered, mean_over_ranks
 from hsrgan.engine.draws import Draws, interleaved
@@ -47,7 +48,8 @@ class Round:
     z and z_mix [n, z_dim], the latents and those of style mixing; cutoff [], where z_mix takes over in the ws (num_ws:
     nowhere); c [n, num_classes]; noise [n, noise_size]; y [n, C, R, R] path-length directions, N(0, 1).
     reals [n, C, R, R] in [−1, 1] at the same positions of the run, real_c [n, num_classes].
-    hsr_weight [], λ; None while HSR is off.
+    hsr_weight [], λ; None while HSR is off. augment, augment_p, augment_noise: of `Augmentation.inputs`, for the images
+    that D sees, fakes first.
     """
 
     z: Tensor | None = None
@@ -59,6 +61,9 @@ class Round:
     reals: Tensor | None = None
     real_c: Tensor | None = None
     hsr_weight: Tensor | None = None
+    augment: Tensor | None = None
+    augment_p: Tensor | None = None
+    augment_noise: Tensor | None = None
 
 
 class Told(NamedTuple):
@@ -88,6 +93,7 @@ class Training:
     teachers: Mapping[str, nn.Module]
     meter: Meter
     pl_mean: Tensor
+    augment: Augmentation | None = None
     call: Callable[..., Any] = direct
     frozen: Mapping[str, Collection[str]] = field(default_factory=dict)
     anew: Sequence[str] = ()
@@ -117,11 +123,14 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the networks and their optimisers, JSON-able. Waits for the device."""
-        return {"pl_mean": self.pl_mean.item()}
+        augment = self.augment.state() if self.augment else {}
+        return {"pl_mean": self.pl_mean.item(), "augment": augment}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` was."""
         self.pl_mean.fill_(state["pl_mean"])
+        if self.augment:
+            self.augment.take_up(state.get("augment", {}))
 
     def scalar(self, value: float, dtype: torch.dtype = torch.float32) -> Tensor:
         """[] on the device, filled there: a copy from the host would wait for the device."""
@@ -132,6 +141,14 @@ class Training:
         if rows not in self.indices:
             self.indices[rows] = torch.tensor(rows, device=self.world.device)
         return self.indices[rows]
+
+    def augmented(self, images: Tensor, batch: Round) -> Tensor:
+        """What D sees of images; the same where nothing is augmented."""
+        return self.augment(images, batch) if self.augment else images
+
+    def signs(self, real_logits: Tensor) -> dict[str, Tensor]:
+        """What ADA steers by, as `means` of a Told."""
+        return {"augment/sign": real_logits.sign()} if self.augment else {}
 
     def styles(self, batch: Round) -> Tensor:
         """ws [n, num_ws, w_dim], mixed from two latents at the cutoff."""
@@ -144,13 +161,14 @@ class Training:
 
 
 class Phase:
-    """name; network "G" or "D"; stream: which random numbers are its own; interval in steps; shrink: it works on the
-    first 1/shrink of the global batch.
+    """name; network "G" or "D"; stream: which random numbers are its own; augmented: the streams of the images that it
+    shows D; interval in steps; shrink: it works on the first 1/shrink of the global batch.
     """
 
     name: str
     network: str
     stream: int
+    augmented: tuple[int, ...] = ()
     shrink = 1
 
     def __init__(self, training: Training, interval: int = 1):
@@ -206,16 +224,23 @@ class Main(Phase):
         return found | {"reals": reals, "real_c": real_c, "c": real_c} if self.paired else found
 
     def shown(self, fakes: Tensor, batch: Round) -> tuple[Tensor, Tensor]:
-        """The images that the critics look at, with labels: the fakes, and behind them the reals, if there are any."""
+        """The images that the critics look at, augmented, with labels: the fakes, and behind them the reals, if there
+        are any.
+        """
         if batch.reals is None:
-            return fakes, batch.c
-        return torch.cat([fakes, batch.reals]), torch.cat([batch.c, batch.real_c])
+            return self.training.augmented(fakes, batch), batch.c
+        images, labels = torch.cat([fakes, batch.reals]), torch.cat([batch.c, batch.real_c])
+        return self.training.augmented(images, batch), labels
 
 
 class GMain(Main):
-    """The critics' losses on the fake, plus λ·L_HSR on the un-augmented fake while λ > 0."""
+    """The critics' losses on the augmented fake, plus λ·L_HSR on the un-augmented one while λ > 0."""
 
     name, network, stream = "Gmain", "G", 0
+
+    @property
+    def augmented(self) -> tuple[int, ...]:
+        return (0, 7) if self.paired else (0,)
 
     def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
         found, hsr = super().inputs(images, positions, reals, real_c), self.training.recipe.hsr
@@ -277,6 +302,7 @@ class DMain(Main):
     """
 
     name, network, stream = "Dmain", "D", 2
+    augmented = (2, REALS_STREAM)
 
     def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
         return super().inputs(images, positions, reals, real_c) | {"reals": reals, "real_c": real_c}
@@ -287,6 +313,7 @@ class DMain(Main):
             ws = t.styles(batch)
             fakes = t.generator.synthesis(ws, noise=batch.noise)
         loss, means = discriminator_loss(t.critics, *self.shown(fakes, batch))
+        means |= t.signs(means["score/real"])
         return loss, Told(means, each=ws[:, 0])
 
     def finish(self, mean: Tensor | None, skip: Tensor) -> None:
@@ -300,9 +327,12 @@ class DMain(Main):
 
 
 class DReg(Phase):
-    """R1 on the same reals as Dmain (arXiv 1801.04406, eq. 9), of D alone: not of the critics on teachers."""
+    """R1 on the same reals as Dmain (arXiv 1801.04406, eq. 9), with respect to them as they are: its gradient goes
+    through the augmentation. Of D alone: not of the critics on teachers.
+    """
 
     name, network, stream = "Dreg", "D", 3
+    augmented = (3,)
 
     def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
         return {"reals": reals, "real_c": real_c}
@@ -310,21 +340,24 @@ class DReg(Phase):
     def loss(self, batch: Round) -> tuple[Tensor, Told]:
         t = self.training
         reals = batch.reals.detach().requires_grad_(True)
-        penalty = losses.r1_penalty(t.discriminator(reals, batch.real_c), reals, t.recipe.r1.gamma)
-        return penalty, Told({"loss/r1": penalty})
+        logits = t.discriminator(t.augmented(reals, batch), batch.real_c)
+        penalty = losses.r1_penalty(logits, reals, t.recipe.r1.gamma)
+        return penalty, Told({"loss/r1": penalty} | t.signs(logits))
 
 
 class DR2(Phase):
     """R2: the same penalty on fakes of its own (arXiv 1801.04406, eq. 9), of D alone."""
 
-    name, network, stream = "Dr2", "D", 6  # 4 and 5 are the sample grid's and the metrics'
+    name, network, stream = "Dr2", "D", 6  # 4 and 5 are the sample grid's and the augmentation's of Dmain's reals
+    augmented = (6,)
 
     def loss(self, batch: Round) -> tuple[Tensor, Told]:
         t = self.training
         with torch.no_grad():
             fakes = t.generator.synthesis(t.styles(batch), noise=batch.noise)
         fakes = fakes.requires_grad_(True)
-        penalty = losses.r1_penalty(t.discriminator(fakes, batch.c), fakes, t.recipe.r2.gamma)
+        logits = t.discriminator(t.augmented(fakes, batch), batch.c)
+        penalty = losses.r1_penalty(logits, fakes, t.recipe.r2.gamma)
         return penalty, Told({"loss/r2": penalty})
 
 
@@ -355,7 +388,10 @@ def rounds(phase: Phase, t: Training, images: int, reals: Tensor, real_c: Tensor
         rows = tuple(first + row for row in order)
         positions = [images + t.world.rank * per_rank + row for row in rows]
         index = t.rows(rows)
-        yield Round(**phase.inputs(images, positions, reals[index], real_c[index]))
+        fields = phase.inputs(images, positions, reals[index], real_c[index])
+        if t.augment and phase.augmented:
+            fields |= t.augment.inputs(phase.augmented, positions, reals.shape[1:])
+        yield Round(**fields)
 
 
 def run_phase(phase: Phase, t: Training, images: int, reals: Tensor, real_c: Tensor) -> None:
@@ -373,12 +409,16 @@ def run_phase(phase: Phase, t: Training, images: int, reals: Tensor, real_c: Ten
             gradients, told = t.call(phase.name, phase.gradients, batch)
             for name, values in told.means.items():
                 t.meter.add(name, values)
+            if t.augment and "augment/sign" in told.means:
+                t.augment.hear(told.means["augment/sign"])
             if t.recipe.accumulation == 1:
                 total, each, loss = gradients, told.each, told.loss
             else:  # the next round may be the same graph, which writes where this one did
                 total = [_plus(mine, more) for mine, more in zip(total, gradients, strict=True)]
                 each, loss = _plus(each, told.each), _plus(loss, told.loss)
         net.step(total, loss)
+    if t.augment:
+        t.augment.settle(net.finite.found > 0)
     other.module.requires_grad_(True)
     mean = None if each is None else mean_over_ranks(each / (t.recipe.batch // phase.shrink // t.world.size))
     phase.finish(mean, net.finite.found > 0)

@@ -172,6 +172,35 @@ class VisionAided(Section):
     weight: Positive = 1.0          # of its logistic loss beside that of `objective`
 
 
+GROUPS = ("blit", "geom", "color", "filter", "noise", "cutout")     # of ADA's transforms (arXiv 2006.06676)
+PIPES = {   # the published names for some of GROUPS
+    **{group: (group,) for group in GROUPS},
+    **{name: GROUPS[:count] for count, name in enumerate(("bg", "bgc", "bgcf", "bgcfn", "bgcfnc"), start=2)},
+}
+POLICIES = ("color", "translation", "cutout")   # DiffAugment's
+AUGMENT_DEFAULTS: dict[str, dict[str, Any]] = {     # the keys of each mode; the others stay null
+    "ada": {"pipe": "bgc", "p": 0.0, "target": 0.6, "kimg": 500.0, "interval": 4},
+    "fixed": {"pipe": "bgc", "p": None},
+    "diffaugment": {"policy": ",".join(POLICIES)},
+}
+
+
+class Augment(Section):
+    """What D sees of reals and fakes: ADA (arXiv 2006.06676) or DiffAugment (arXiv 2006.10738)."""
+
+    mode: Literal["ada", "fixed", "diffaugment"] = "ada"
+    pipe: Literal[tuple(PIPES)] | None = None       # ada, fixed: which transforms
+    p: Share | None = None                          # probability of each; ada: at the start of the run
+    target: Annotated[float, Field(gt=0, lt=1)] | None = None   # ada: mean sign of D's real logits that p aims at
+    kimg: Positive | None = None                    # ada: in which p can move from 0 to 1
+    interval: Whole | None = None                   # ada: steps between two moves of p
+    policy: Text | None = None                      # diffaugment: names of POLICIES with commas between
+
+    @property
+    def policies(self) -> list[str]:
+        return self.policy.split(",") if self.policy else []
+
+
 class Metrics(Section):
     """Scores of the averaged G during training. The first of `names` decides which snapshot is the best."""
 

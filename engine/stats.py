@@ -163,13 +163,22 @@ class RunLog:
         stamp = f"{kimg:08.1f}" if self._total_images < 100_000 else f"{round(kimg):06d}"
         cols = len(images) // len(rows) if rows else None
         save_png(image_grid(images, cols=cols), self.run_dir / "samples" / f"fakes-{stamp}.png")
-        with writable(self.run_dir / "tensorboard"):
-            grid = np.asarray(opaque(image_grid(images, cols=cols, scale=1)))
-            self._board.image("fakes", grid, round(kimg * 1000))
-            if rows:
+        self._show("fakes", images, round(kimg * 1000), cols)
+        if rows:
+            with writable(self.run_dir / "tensorboard"):
                 self._board.text("fakes/rows", ", ".join(rows), round(kimg * 1000))
         if rows and kimg == 0:
             self.note("rows", f"rows of samples/fakes-*.png: {', '.join(rows)}")
+
+    def augmented(self, images: Tensor, seen: int) -> None:
+        """Write `images` to samples/augmented.png and to TensorBoard, as of `seen` images of the run."""
+        if self._active:
+            save_png(image_grid(images), self.run_dir / "samples" / "augmented.png")
+            self._show("augmented", images, seen)
+
+    def _show(self, name: str, images: Tensor, seen: int, cols: int | None = None) -> None:
+        with writable(self.run_dir / "tensorboard"):
+            self._board.image(name, np.asarray(opaque(image_grid(images, cols=cols, scale=1))), seen)
 
     def step(self, images_seen: int) -> None:
         """Note that `images_seen` images are done, and move the progress line at most twice a second."""

@@ -115,6 +115,8 @@ def _loop(
             for phase in phases:
                 if step % phase.interval == 0:
                     run_phase(phase, t, images, reals, real_c)
+            if t.augment:
+                t.augment.adapt(step)
             moved = t.g.moved()
             with distributed.gathered(t.g):
                 update_ema(out.g_ema, t.generator, ema_beta(batch, images, recipe.ema.kimg, recipe.ema.rampup), moved)
@@ -126,7 +128,7 @@ def _loop(
             log.step(images)
             if last or leaving or _crossed(recipe.tick_kimg, seen, images):
                 counts, lines, now_diverged = not_finite(t)
-                means = t.meter.collect()
+                means = t.meter.collect() | (t.augment.told() if t.augment else {})
                 with writing():
                     means |= bad_samples.collect(log)
                 with writing():
@@ -138,6 +140,8 @@ def _loop(
             if last or _crossed(recipe.image_kimg, seen, images):
                 with writing():
                     log.fakes(out.pictures(), images / 1000, out.row_names)
+                    if t.augment:
+                        log.augmented(out.augmented(reals, seen), images)
             if last or _crossed(recipe.snapshot_kimg, seen, images):
                 with writing():
                     out.snapshot(images)

@@ -451,6 +451,46 @@ MISTAKES = {
         (), ["objective.loss=wgan"], 1,
         "override objective.loss=wgan: objective.loss is 'wgan', allowed: logistic or hinge or relativistic",
     ),
+    "transforms of DiffAugment": (
+        (), ["augment={mode: diffaugment, pipe: bg}"], 1,
+        "override augment={mode: diffaugment, pipe: bg}: augment.pipe is bg, allowed in mode diffaugment: null, "
+        "which has policy",
+    ),
+    "augmentation of no probability": (
+        (), ["augment={mode: fixed}"], 1,
+        "override augment={mode: fixed}: augment.p is null, allowed in mode fixed: a value",
+    ),
+    "augmentation of nothing": (
+        (), ["augment={mode: fixed, p: 0}"], 1,
+        "override augment={mode: fixed, p: 0}: augment.p is 0, allowed in mode fixed: above 0; "
+        "without augmentation set augment: null",
+    ),
+    "a target of a fixed p": (
+        (), ["augment={mode: fixed, p: 0.2}", "augment.target=0.6"], 1,
+        "override augment.target=0.6: augment.target is 0.6, allowed in mode fixed: null, which has pipe, p",
+    ),
+    "ADA without its speed": (
+        (), ["augment={mode: ada}", "augment.kimg=null"], 1,
+        "override augment.kimg=null: augment.kimg is null, allowed in mode ada: a value, such as 500.0",
+    ),
+    "ADA's target": (
+        (), ["augment.target=1"], 1, "override augment.target=1: augment.target is 1, allowed: "
+        "a number above 0 and below 1 or null",
+    ),
+    "unknown pipe": (
+        (), ["augment.pipe=bgx"], 1,
+        "override augment.pipe=bgx: augment.pipe is 'bgx', allowed: blit or geom or color or filter or noise or cutout "
+        "or bg or bgc or bgcf or bgcfn or bgcfnc or null",
+    ),
+    "unknown mode": (
+        (), ["augment.mode=noaug"], 1,
+        "override augment.mode=noaug: augment.mode is 'noaug', allowed: ada or fixed or diffaugment",
+    ),
+    "unknown policy": (
+        (), ["augment={mode: diffaugment, policy: 'color,cut'}"], 1,
+        "override augment={mode: diffaugment, policy: 'color,cut'}: augment.policy is 'color,cut', allowed: some of "
+        "color,translation,cutout, each once",
+    ),
     "unknown metric": (
         (), ["metrics={names: fid50kk}"], 1,
         "override metrics={names: fid50kk}: metrics.names: unknown metric 'fid50kk': did you mean fid50k? Known: "
@@ -495,6 +535,9 @@ def test_what_the_last_checks_allow(load):
     assert load(PLAIN, "init_from=runs/test2/checkpoints/000500000")
     assert load(PLAIN, "freeze={d: 10, mapping: true, names: [D.b8.*]}").freeze.names == ["D.b8.*"]
     assert load(PLAIN, "hsr.layers={8: 0, 16: 0, 32: 0}", "hsr.weights_per_res={8: 1, 16: 0.5, 32: 0}")
+    assert load(PLAIN, "augment={mode: fixed, p: 1}").augment.pipe == "bgc"
+    assert load(PLAIN, "augment={}").augment.target == 0.6
+    assert load(PLAIN, "augment={mode: diffaugment, policy: cutout}").augment.policies == ["cutout"]
     assert load(PLAIN, "hsr.teacher=vit_base_patch16_224.dino", "hsr.weights=x.safetensors", "hsr.start_kimg=99")
 
 

@@ -12,6 +12,16 @@ def test_draws_do_not_depend_on_the_split():
         assert torch.equal(all_, torch.cat([a, b]))
     assert torch.equal(draws.noise(1, [4, 9], 33)[1], draws.noise(1, [9], 33)[0])
     assert torch.equal(draws.uniform(1, [4, 9])[1:], draws.uniform(1, [9]))
+    assert torch.equal(draws.augmentation(1, [4, 9], 3, 2)[1:], draws.augmentation(1, [9], 3, 2))
+    assert torch.equal(draws.pixels(1, [4, 9], (3, 2, 2))[1:], draws.pixels(1, [9], (3, 2, 2)))
+
+
+def test_augmentations_numbers_are_uniform_then_normal():
+    numbers = Draws(0, torch.device("cpu")).augmentation(0, range(4000), 2, 3)
+    assert numbers.shape == (4000, 5) and numbers[:, :2].min() >= 0 and numbers[:, :2].max() < 1
+    assert (numbers[:, :2].mean(0) - 0.5).abs().max() < 0.03 and (numbers[:, :2].var(0) - 1 / 12).abs().max() < 0.006
+    assert numbers[:, 2:].mean(0).abs().max() < 0.08 and (numbers[:, 2:].std(0) - 1).abs().max() < 0.06
+    assert (torch.corrcoef(numbers.T) - torch.eye(5)).abs().max() < 0.08
 
 
 def test_streams_seeds_and_positions_differ():

@@ -213,6 +213,26 @@ def test_no_other_objective_reads_from_or_copies_to_the_device(phase):
     assert on_device("torch", phase, "fp16", **CRITICS, **R3GAN) > 100
 
 
+@pytest.mark.parametrize("augment", [
+    {"mode": "ada", "pipe": "bgcfnc", "p": 0.0, "target": 0.6, "kimg": 500.0, "interval": 4},
+    {"mode": "diffaugment", "policy": "color,translation,cutout"},
+], ids=lambda augment: augment["mode"])  # fmt: skip
+@pytest.mark.parametrize(("phase", "backend"), [("Gmain", "torch"), ("Dmain", "torch"), ("Dreg", "torch"),
+                                                ("Dreg", "triton")])  # fmt: skip
+def test_nor_does_augmentation(phase, backend, augment):
+    assert on_device(backend, phase, "fp16", augment=augment) > 100
+
+
+def test_replayed_phases_augment_bitwise_as_eager_ones():
+    """p moves in every step, which a recording takes as an input."""
+    augment = {"mode": "ada", "pipe": "bgcfnc", "p": 0.5, "target": 0.3, "kimg": 0.1, "interval": 1}
+    eager, eager_means = trained(graphs.direct, steps=3, augment=augment, hsr=None)
+    graphed, graphed_means = trained(graphs.Graphs(Replayed(), print), steps=3, augment=augment, hsr=None)
+    assert not [key for key in eager if not torch.equal(eager[key], graphed[key])] and eager_means == graphed_means
+    without, _ = trained(graphs.direct, steps=3, hsr=None)
+    assert any(not torch.equal(eager[key], without[key]) for key in eager)
+
+
 def test_a_read_and_a_copy_are_caught():
     class Reading(nn.Module):
         def forward(self, x, c, parts):

@@ -14,10 +14,13 @@ BELOW = ("errors", "sizes", "safe_pickle", "tensor_files", "layers", "blocks", "
 NETWORKS = KERNELS | {f"hsrgan.engine.{name}" for name in BELOW}
 ABOVE = ("losses", "objectives", "projected", "alpha", "teacher", "ema")
 OBJECTIVES = NETWORKS | {f"hsrgan.engine.{name}" for name in ABOVE}
+OF_AUGMENT = ("augment_numbers", "augment_geometry", "augment_color", "augment_filter", "diffaugment")
+TRANSFORMS = {f"hsrgan.engine.{name}" for name in OF_AUGMENT}
 ALLOWED = {  # what a module may import of ours; a prefix stands for everything below it
     "hsrgan.kernels": KERNELS,
     **dict.fromkeys(NETWORKS - KERNELS, NETWORKS),
     **dict.fromkeys(OBJECTIVES - NETWORKS, OBJECTIVES),
+    **dict.fromkeys(TRANSFORMS, KERNELS | TRANSFORMS),
     "hsrgan.engine": {"hsrgan.kernels", "hsrgan.engine", "hsrgan.recipes"},
     "hsrgan.tools": {"hsrgan"},
 }
@@ -89,6 +92,7 @@ def test_every_room_is_seen():
         ("hsrgan.engine.layers", "import hsrgan.engine.losses"),
         ("hsrgan.engine.losses", "from hsrgan.engine import errors, nothing"),
         ("hsrgan.engine.losses", "from hsrgan.engine.config import Recipe"),
+        ("hsrgan.engine.augment_color", "from hsrgan.engine.sections import PIPES"),
         ("hsrgan.engine.train", "from hsrgan.tools.eval import main"),
         ("hsrgan.engine.train", "from hsrgan import tools"),
         ("hsrgan.engine.train", "from . import losses"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hsrgan.engine.assembly import HALF, HEADS, critic_heads
+from hsrgan.engine.augment import Augmentation
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import World, lazy_adam, mended
 from hsrgan.engine.draws import Draws
@@ -80,15 +81,17 @@ def plain_training(
             heads = HSRHeads(widths, teachers["hsr"].channels, recipe.hsr.hidden, HEADS[recipe.precision])
         for name, critic in critic_heads(recipe, teachers, num_classes).items():
             d.add_module(name, critic)
+    world, draws = World(0, 1, 0, 1, host), Draws(recipe.seed, host, [1] * num_classes)
     return Training(
         recipe=recipe,
-        world=World(0, 1, 0, 1, host),
-        draws=Draws(recipe.seed, host, [1] * num_classes),
+        world=world,
+        draws=draws,
         g=Plain(GeneratorWithHeads(g, heads), recipe.generator.lr, recipe.path_length.interval),
         d=Plain(d, recipe.discriminator.lr, recipe.d_interval),
         teachers=teachers,
         meter=Meter(host),
         pl_mean=torch.zeros((), device=device),
+        augment=Augmentation(recipe, draws, world, device) if recipe.augment else None,
     )
 
 
@@ -102,3 +105,5 @@ def run_step(t: Training, phases: Sequence[Phase], images: int, reals: Tensor, r
     for phase in phases:
         if images // t.recipe.batch % phase.interval == 0:
             run_phase(phase, t, images, reals, real_c)
+    if t.augment:
+        t.augment.adapt(images // t.recipe.batch)
