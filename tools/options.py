@@ -1,0 +1,62 @@
+"""Options that several tools have, under one name and with one meaning, and what they are checked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from hsrgan.engine.errors import UserError
+from hsrgan.engine.model import Generator
+from hsrgan.engine.sampler import Noise
+
+SnapshotFile = Annotated[Path, typer.Argument(help="A .safetensors file from a run's snapshots folder.")]
+Psi = Annotated[float, typer.Option(help="Truncation: 1 = none, 0 = the average picture.")]
+Cutoff = Annotated[int | None, typer.Option(min=1, help="Truncate only this many ws, the coarsest.")]
+NoiseMode = Annotated[
+    Noise,
+    typer.Option(help="Layer noise: the stored constant (or the noise in the file of --w), drawn by seed, or none."),
+]
+Latents = Annotated[
+    Path | None,
+    typer.Option("--w", help="Begin from this file (.safetensors or .npz with `w`, [N, w_dim] or [N, num_ws, w_dim]) "
+                 "in place of --seeds."),
+]  # fmt: skip
+Edit = Annotated[
+    list[str] | None,
+    typer.Option(help="name=strength, repeatable: change by so many standard deviations of w. One may be a range, "
+                 "name=-3:3."),
+]  # fmt: skip
+DirectionsFile = Annotated[Path | None, typer.Option(help="The directions of --edit, made by tools/directions.py.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images made at a time.")]
+
+
+def check_cutoff(cutoff: int | None, generator: Generator, snapshot: Path) -> None:
+    if cutoff is not None and cutoff > generator.num_ws:
+        raise UserError(f"--cutoff {cutoff}: {snapshot} has {generator.num_ws} ws; give 1 to {generator.num_ws}")
+
+
+def read_label(label: str | None, generator: Generator, snapshot: Path) -> list[tuple[str, Tensor | None]]:
+    """What `--label` names: words for a file's name and c [c_dim] of each class; one ("", None) where every seed draws
+    its own class or the model has none.
+    """
+    if label is None:
+        return [("", None)]
+    if not generator.c_dim:
+        raise UserError(f"--label {label}: {snapshot} was trained without labels; leave --label out")
+    if label == "all":
+        chosen = range(generator.c_dim)
+    elif label.isdecimal() and int(label) < generator.c_dim:
+        chosen = [int(label)]
+    else:
+        raise UserError(f"--label {label}: {snapshot} has the classes 0 to {generator.c_dim - 1}; give one, or all")
+    return [(f"class{i}", row) for i, row in zip(chosen, torch.eye(generator.c_dim)[list(chosen)], strict=True)]
+
+
+def check_parent(out: Path) -> None:
+    """A UserError where `out` could not be written, before hours of work."""
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
