@@ -41,7 +41,7 @@ def _small(images: Tensor) -> Tensor:
 def _caption(directions: Directions, i: int) -> str:
     layers = directions.layers[i]
     where = "" if layers is None else f", ws {layers[0]}-{layers[1]}"
-    return f"{directions.names[i]}: {STRENGTHS[0]} to {STRENGTHS[-1]} × {directions.std[i]:.3g}{where}"
+    return f"{directions.names[i]}: {STRENGTHS[0]} to {STRENGTHS[-1]} std of {directions.std[i]:.3g}{where}"
 
 
 def _laid_out(strips: Sequence[Image.Image], captions: Sequence[str], samples: int) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from hsrgan.engine.aside import written_aside
 
 VISIBLE_SIDE = 64  # pixels: smaller images are enlarged to about this
+CHECK = 8, 153, 102  # a checkerboard's squares: pixels, light and dark grey
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -22,7 +24,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_grid(images: Tensor, *, cols: int | None = None, scale: int | None = None) -> Image.Image:
-    """One picture of `images` [N, C, H, W] (C 1 or 3; uint8, or float in [-1, 1]), filled row by row.
+    """One picture of `images` [N, C, H, W] (grey, RGB or RGBA; uint8, or float in [-1, 1]), filled row by row.
 
     `cols` defaults to the least square that holds N. `scale` is a whole-number enlargement without smoothing, so that
     every generated pixel stays visible; by default images under 64 pixels are enlarged to about that side.
@@ -37,6 +39,16 @@ def image_grid(images: Tensor, *, cols: int | None = None, scale: int | None = N
     canvas = canvas.reshape(rows * height, cols * width, channels)
     canvas = canvas.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     return Image.fromarray((canvas[..., 0] if channels == 1 else canvas).numpy())
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """A picture with alpha laid over a grey checkerboard, RGB; any other as it is."""
+    if picture.mode != "RGBA":
+        return picture
+    side, light, dark = CHECK
+    row, column = np.ogrid[: picture.height, : picture.width]
+    board = np.where((row // side + column // side) % 2 == 0, light, dark).astype(np.uint8)
+    return Image.alpha_composite(Image.fromarray(board).convert("RGBA"), picture).convert("RGB")
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -138,6 +138,7 @@ def generate(
 def told(images: Iterator[Tensor], bars: Bars, text: str, total: int) -> Iterator[Tensor]:
     """Pass batches on, and tell `bars` of every image."""
     done = 0
+    bars(text, done, total)
     for part in images:
         done += len(part)
         bars(text, done, total)

@@ -197,7 +197,8 @@ def test_directions_svm_writes_a_file_that_the_sampler_takes(model, tmp_path):
                  "--out", tmp_path / "out")  # fmt: skip
     assert result.exit_code == 0, result.output
 
-    assert "knows no attribute 'smil': did you mean smile?" in line(run(directions_tool.app, "svm", *arguments, "--name", "smil"))
+    unknown = run(directions_tool.app, "svm", *arguments, "--name", "smil")
+    assert "knows no attribute 'smil': did you mean smile?" in line(unknown)
     weak = line(run(directions_tool.app, "svm", *arguments, "--name", "poor"))
     assert "attribute poor: held-out balanced accuracy 0.700 is below 0.8" in weak and "--allow-weak" in weak
     nowhere = (*arguments[:-1], tmp_path / "nowhere" / "d.safetensors")

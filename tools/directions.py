@@ -1,11 +1,12 @@
-"""Find directions in W to edit along, for `tools/sample.py --edit` and `tools/video.py --edit`.
+"""Find directions in W to edit along: SeFa, PCA, or SVMs of attributes.
 
     python tools/directions.py sefa SNAPSHOT        # from the weights alone
     python tools/directions.py pca SNAPSHOT         # from random w
     python tools/directions.py svm SNAPSHOT --attributes attributes.safetensors
     python tools/directions.py name FILE pca0=pose  # once the contact sheet has shown what they do
 
-Each writes a file of directions, beside it a contact sheet of all of them (.png) and their figures (.json).
+Each writes a file of directions, for --edit of tools/sample.py and tools/video.py, and beside it a contact sheet of
+all of them (.png) and their figures (.json).
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class _Counter:
 
     def __init__(self, bars: Bars, text: str, total: int) -> None:
         self._bars, self._text, self._total, self._done = bars, text, total, 0
+        bars(text, 0, total)
 
     def __call__(self, new: int) -> None:
         self._done += new

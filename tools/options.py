@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,17 +11,22 @@ import typer
 from torch import Tensor
 
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.latents import Latents, load_latents
 from hsrgan.engine.model import Generator
-from hsrgan.engine.sampler import Noise
+from hsrgan.engine.sampler import Noise, parse_seeds, ws_of_seeds
 
 SnapshotFile = Annotated[Path, typer.Argument(help="A .safetensors file from a run's snapshots folder.")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(help="Seeds, such as 0-63,100. One seed is one latent, always the same.", show_default="0-63 or less"),
+]
 Psi = Annotated[float, typer.Option(help="Truncation: 1 = none, 0 = the average picture.")]
 Cutoff = Annotated[int | None, typer.Option(min=1, help="Truncate only this many ws, the coarsest.")]
 NoiseMode = Annotated[
     Noise,
     typer.Option(help="Layer noise: the stored constant (or the noise in the file of --w), drawn by seed, or none."),
 ]
-Latents = Annotated[
+LatentsFile = Annotated[
     Path | None,
     typer.Option("--w", help="Begin from this file (.safetensors or .npz with `w`, [N, w_dim] or [N, num_ws, w_dim]) "
                  "in place of --seeds."),
@@ -32,6 +38,37 @@ Edit = Annotated[
 ]  # fmt: skip
 DirectionsFile = Annotated[Path | None, typer.Option(help="The directions of --edit, made by tools/directions.py.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images made at a time.")]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where pictures begin: their names, and the seeds they come from; or of a file its latents, and the numbers of its
+    rows for seeds.
+    """
+
+    names: list[str]
+    seeds: list[int]
+    file: Latents | None = None
+
+    def ws(self, generator: Generator, c: Tensor | None, batch: int) -> Tensor:
+        """[N, num_ws, w_dim] on the CPU, not truncated; c [c_dim], or None where every seed draws its class."""
+        if self.file is not None:
+            return self.file.w.expand(-1, generator.num_ws, -1)
+        return ws_of_seeds(generator, self.seeds, None if c is None else c.expand(len(self.seeds), -1), batch=batch)
+
+
+def read_start(seeds: str | None, file: Path | None, label: str | None, generator: Generator, *, default: str) -> Start:
+    """What `--seeds` (or `default`) or `--w` says. Raises `UserError`."""
+    if file is None:
+        chosen = parse_seeds(seeds or default)
+        return Start([f"seed{seed:04d}" for seed in chosen], chosen)
+    for option, value in {"--seeds": seeds, "--label": label}.items():
+        if value is not None:
+            raise UserError(f"{option} {value} with --w {file}: the file says what the pictures are; drop one of them")
+    latents = load_latents(file)
+    latents.expect(generator, file)
+    numbers = list(range(len(latents.w)))
+    return Start([f"w{i:04d}" for i in numbers], numbers, latents)
 
 
 def check_cutoff(cutoff: int | None, generator: Generator, snapshot: Path) -> None:

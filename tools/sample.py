@@ -13,7 +13,7 @@ from torch import Tensor
 from hsrgan.engine.aside import writable
 from hsrgan.engine.edits import Edits, parse_layers, read_edits
 from hsrgan.engine.errors import UserError, user_errors
-from hsrgan.engine.latents import Latents, load_latents, save_latents
+from hsrgan.engine.latents import Latents, save_latents
 from hsrgan.engine.metrics.report import Bars
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, save_png
@@ -26,32 +26,15 @@ from hsrgan.engine.sampler import (
     place,
     told,
     truncated,
-    ws_of_seeds,
 )
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
 from hsrgan.tools import options
+from hsrgan.tools.options import Start
 
 STRENGTHS = 7  # rows of an edit's range
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the grid's columns begin with: names for files, seeds (or numbers of a file's rows), and of a file its
-    latents.
-    """
-
-    names: list[str]
-    seeds: list[int]
-    file: Latents | None = None
-
-    def ws(self, generator: Generator, c: Tensor | None, batch: int) -> Tensor:
-        """[N, num_ws, w_dim], not truncated; c [c_dim] or None, where every seed draws its class."""
-        if self.file is not None:
-            return self.file.w.expand(-1, generator.num_ws, -1)
-        return ws_of_seeds(generator, self.seeds, None if c is None else c.expand(len(self.seeds), -1), batch=batch)
 
 
 @dataclass(frozen=True)
@@ -67,18 +50,6 @@ class Grid:
     corner: bool = False
 
 
-def read_columns(seeds: str | None, file: Path | None, label: str | None, generator: Generator) -> Columns:
-    if file is None:
-        chosen = parse_seeds(seeds or "0-63")
-        return Columns([f"seed{seed:04d}" for seed in chosen], chosen)
-    for option, value in {"--seeds": seeds, "--label": label}.items():
-        if value is not None:
-            raise UserError(f"{option} {value} with --w {file}: the file says what the pictures are; drop one of them")
-    latents = load_latents(file)
-    latents.expect(generator, file)
-    return Columns([f"w{i:04d}" for i in range(len(latents.w))], list(range(len(latents.w))), latents)
-
-
 def parse_psis(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
@@ -87,7 +58,7 @@ def parse_psis(text: str) -> list[float]:
 
 
 def sweep(
-    columns: Columns,
+    columns: Start,
     generator: Generator,
     labels: list[tuple[str, Tensor | None]],
     psis: list[float],
@@ -111,7 +82,7 @@ def sweep(
 
 
 def mixing(
-    columns: Columns,
+    columns: Start,
     seeds: list[int],
     layers: tuple[int, int],
     generator: Generator,
@@ -124,7 +95,7 @@ def mixing(
     """StyleGAN's mixing: a row for each of `seeds`, whose pictures take their `layers` from the column's source. Above
     them the columns' own pictures, before each row its own.
     """
-    sources = Columns([f"seed{seed:04d}" for seed in seeds], seeds)
+    sources = Start([f"seed{seed:04d}" for seed in seeds], seeds)
     above, left = (truncated(generator, of.ws(generator, c, batch), psi, cutoff) for of in (columns, sources))
     names, ws, origins = list(columns.names), [above], list(columns.seeds)
     for name, row, seed in zip(sources.names, left, seeds, strict=True):
@@ -146,11 +117,8 @@ def _one_kind_of_rows(several: dict[str, bool]) -> None:
 @app.command()
 def main(
     snapshot: options.SnapshotFile,
-    seeds: Annotated[
-        str | None,
-        typer.Option(help="Seeds, such as 0-63,100. One seed is one picture, always the same.", show_default="0-63"),
-    ] = None,
-    w: options.Latents = None,
+    seeds: options.Seeds = None,
+    w: options.LatentsFile = None,
     psi: Annotated[str, typer.Option(help="Truncation: 1 = none, 0 = the average picture. 0.3,0.7,1: a row each.")] = (
         "1"
     ),
@@ -196,7 +164,7 @@ def main(
         if not grid and not single:
             raise UserError("--no-grid with --no-single leaves nothing to write; drop one of them")
         generator, metadata = load_snapshot(snapshot)
-        columns = read_columns(seeds, w, label, generator)
+        columns = options.read_start(seeds, w, label, generator, default="0-63")
         psis = parse_psis(psi)
         options.check_cutoff(cutoff, generator, snapshot)
         labels = options.read_label(label, generator, snapshot)
