@@ -25,6 +25,14 @@ from hsrgan.engine.sampler import BATCH
 _STREAM = 36  # of the draws; 33–35 are those of engine.metrics.sequences
 
 
+def check_count(count: int, samples: int, generator: Generator) -> None:
+    """Raise `UserError` for more directions than W has dimensions, or too few random w to tell them apart."""
+    if count > generator.w_dim:
+        raise UserError(f"--count {count}: W has {generator.w_dim} dimensions; give that or less")
+    if samples <= generator.w_dim:
+        raise UserError(f"--samples {samples}: W has {generator.w_dim} dimensions; give ten times as many, or more")
+
+
 @torch.no_grad()
 def random_w(
     generator: Generator, count: int, seed: int, *, batch: int = BATCH, told: Callable[[int], None] = lambda n: None
@@ -58,24 +66,16 @@ def sefa(generator: Generator, count: int, layers: Layers | None, *, w: np.ndarr
     """The `count` strongest directions. w [n, w_dim]: random ones, for the deviation along each."""
     a = style_weights(generator, layers).numpy()
     values, vectors = np.linalg.eigh(a.T @ a)
-    order = np.argsort(values)[::-1][: _checked(count, generator)]
+    order = np.argsort(values)[::-1][:count]
     return _named("sefa", vectors.T[order], values[order] / values.sum(), layers, w, snapshot)
 
 
-def pca(generator: Generator, count: int, layers: Layers | None, *, w: np.ndarray, snapshot: str) -> Directions:
+def pca(count: int, layers: Layers | None, *, w: np.ndarray, snapshot: str) -> Directions:
     """The first `count` principal components of w [n, w_dim]; `layers` are those that an edit is to move."""
     from sklearn.decomposition import PCA
 
-    if len(w) <= generator.w_dim:
-        raise UserError(f"{len(w)} samples cannot show {generator.w_dim} dimensions: take ten times as many, or more")
-    found = PCA(_checked(count, generator), svd_solver="full").fit(w)
+    found = PCA(count, svd_solver="full").fit(w)
     return _named("pca", found.components_, found.explained_variance_ratio_, layers, w, snapshot)
-
-
-def _checked(count: int, generator: Generator) -> int:
-    if count > generator.w_dim:
-        raise UserError(f"{count} directions: W has only {generator.w_dim} dimensions")
-    return count
 
 
 def _named(

@@ -23,14 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
+from hsrgan.engine import factorised
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.direction_sheet import STRENGTHS, contact_sheet
 from hsrgan.engine.distributed import World
 from hsrgan.engine.edits import parse_layers
 from hsrgan.engine.errors import UserError, user_errors
-from hsrgan.engine.factorised import pca as fit_pca
-from hsrgan.engine.factorised import random_w
-from hsrgan.engine.factorised import sefa as fit_sefa
 from hsrgan.engine.metrics.attributes import load_attributes, nearest
 from hsrgan.engine.metrics.directions import (
     FEWEST,
@@ -105,7 +103,7 @@ def sefa(
 
       python tools/directions.py sefa model.safetensors --layers 0-3 --out pose.safetensors
     """
-    _factorise(fit_sefa, snapshot, count, layers, samples, seed, seeds, psi, out, batch)
+    _factorise("sefa", snapshot, count, layers, samples, seed, seeds, psi, out, batch)
 
 
 @app.command()
@@ -128,7 +126,7 @@ def pca(
 
       python tools/directions.py pca model.safetensors --layers 8-17 --out colours.safetensors
     """
-    _factorise(fit_pca, snapshot, count, layers, samples, seed, seeds, psi, out, batch)
+    _factorise("pca", snapshot, count, layers, samples, seed, seeds, psi, out, batch)
 
 
 @app.command()
@@ -203,17 +201,23 @@ def rename(
         typer.echo(f"{file}: {', '.join(known)}")
 
 
-def _factorise(fit, snapshot, count, layers, samples, seed, seeds, psi, out, batch) -> None:
-    """`sefa` and `pca`, which differ in `fit` alone."""
+def _factorise(
+    kind: str, snapshot: Path, count: int, layers: str | None, samples: int, seed: int, seeds: str, psi: float,
+    out: Path, batch: int,
+) -> None:  # fmt: skip
+    """`sefa` and `pca`."""
     with user_errors(), Bars() as bars:
         options.check_parent(out)
         shown = parse_seeds(seeds)
         generator, _ = load_snapshot(snapshot)
         chosen = parse_layers(layers, generator.num_ws, "--layers") if layers else None
+        factorised.check_count(count, samples, generator)
         generator = place(generator)
-        w = random_w(generator, samples, seed, batch=1024, told=_Counter(bars, "random w", samples))
-        directions = fit(generator, count, chosen, w=w, snapshot=sha256_of(snapshot))
-        _write(directions, generator, snapshot, shown, psi, out, batch, bars)
+        w = factorised.random_w(generator, samples, seed, batch=1024, told=_Counter(bars, "random w", samples))
+        facts = {"w": w, "snapshot": sha256_of(snapshot)}
+        found = factorised.pca(count, chosen, **facts) if kind == "pca" else factorised.sefa(
+            generator, count, chosen, **facts)  # fmt: skip
+        _write(found, generator, snapshot, shown, psi, out, batch, bars)
 
 
 def _write(
