@@ -262,6 +262,7 @@ def test_directions_refuse(snapshot, generator, tmp_path):
     out = ("--out", tmp_path / "d.safetensors")
     assert "the snapshot has the ws 0 to 5" in line(directions.app, "sefa", snapshot, "--layers", "5-6", *out)
     assert "W has 64 dimensions; give that or less" in line(directions.app, "sefa", snapshot, "--count", 65, *out)
+    assert "must end in .safetensors" in line(directions.app, "sefa", snapshot, "--out", tmp_path / "d.png")
     assert "there is no folder" in line(directions.app, "pca", snapshot, "--out", tmp_path / "no" / "d.safetensors")
     assert not any(tmp_path.iterdir())
     far = Directions(("a",), torch.eye(W_DIM)[:1], (0.5,), (1.0,), sha256_of(snapshot), 9, "pca", ((4, 6),))

@@ -155,7 +155,7 @@ def svm(
       python tools/directions.py svm model.safetensors --attributes attributes.safetensors
     """
     with user_errors(), Bars() as bars:
-        options.check_parent(out)
+        _check_out(out)
         shown = parse_seeds(seeds)
         generator, _ = load_snapshot(snapshot)
         classifier = load_attributes(attributes).restricted(name, allow_weak=allow_weak)
@@ -201,13 +201,19 @@ def rename(
         typer.echo(f"{file}: {', '.join(known)}")
 
 
+def _check_out(out: Path) -> None:
+    options.check_parent(out)
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: the name must end in .safetensors; .png and .json are written beside it")
+
+
 def _factorise(
     kind: str, snapshot: Path, count: int, layers: str | None, samples: int, seed: int, seeds: str, psi: float,
     out: Path, batch: int,
 ) -> None:  # fmt: skip
     """`sefa` and `pca`."""
     with user_errors(), Bars() as bars:
-        options.check_parent(out)
+        _check_out(out)
         shown = parse_seeds(seeds)
         generator, _ = load_snapshot(snapshot)
         chosen = parse_layers(layers, generator.num_ws, "--layers") if layers else None

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor
+from typer.models import OptionInfo
 
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.latents import Latents, load_latents
@@ -16,10 +17,6 @@ from hsrgan.engine.model import Generator
 from hsrgan.engine.sampler import Noise, parse_seeds, ws_of_seeds
 
 SnapshotFile = Annotated[Path, typer.Argument(help="A .safetensors file from a run's snapshots folder.")]
-Seeds = Annotated[
-    str | None,
-    typer.Option(help="Seeds, such as 0-63,100. One seed is one latent, always the same.", show_default="0-63 or less"),
-]
 Psi = Annotated[float, typer.Option(help="Truncation: 1 = none, 0 = the average picture.")]
 Cutoff = Annotated[int | None, typer.Option(min=1, help="Truncate only this many ws, the coarsest.")]
 NoiseMode = Annotated[
@@ -91,6 +88,10 @@ def read_label(label: str | None, generator: Generator, snapshot: Path) -> list[
     else:
         raise UserError(f"--label {label}: {snapshot} has the classes 0 to {generator.c_dim - 1}; give one, or all")
     return [(f"class{i}", row) for i, row in zip(chosen, torch.eye(generator.c_dim)[list(chosen)], strict=True)]
+
+
+def seeds_option(default: str) -> OptionInfo:
+    return typer.Option(help="Seeds, such as 0-63,100. One seed is one latent, always the same.", show_default=default)
 
 
 def check_parent(out: Path) -> None:

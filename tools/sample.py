@@ -117,7 +117,7 @@ def _one_kind_of_rows(several: dict[str, bool]) -> None:
 @app.command()
 def main(
     snapshot: options.SnapshotFile,
-    seeds: options.Seeds = None,
+    seeds: Annotated[str | None, options.seeds_option("0-63")] = None,
     w: options.LatentsFile = None,
     psi: Annotated[str, typer.Option(help="Truncation: 1 = none, 0 = the average picture. 0.3,0.7,1: a row each.")] = (
         "1"

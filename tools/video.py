@@ -69,7 +69,7 @@ class Film:
 @app.command()
 def main(
     snapshot: options.SnapshotFile,
-    seeds: options.Seeds = None,
+    seeds: Annotated[str | None, options.seeds_option("0-7")] = None,
     w: options.LatentsFile = None,
     grid: Annotated[
         str, typer.Option(help="Videos in one, columns x rows; the key frames are dealt out, the first ones to the "
