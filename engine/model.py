@@ -87,13 +87,15 @@ class Mapping(nn.Module):
             x = getattr(self, f"fc{i}")(x)
         if self.num_ws is None:
             return x
-        ws = x.unsqueeze(1).expand(-1, self.num_ws, -1)
-        if not isinstance(truncation_psi, Tensor) and truncation_psi == 1:
+        return self.truncated(x.unsqueeze(1).expand(-1, self.num_ws, -1), truncation_psi, truncation_cutoff)
+
+    def truncated(self, ws: Tensor, psi: float | Tensor, cutoff: int | None = None) -> Tensor:
+        """ws [N, num_ws, w_dim] nearer to w_avg by ψ, or the first `cutoff` of them; ψ = 1 changes nothing."""
+        if not isinstance(psi, Tensor) and psi == 1:
             return ws
-        if truncation_cutoff is None:
-            return self.w_avg.lerp(ws, truncation_psi)
-        head, tail = ws[:, :truncation_cutoff], ws[:, truncation_cutoff:]
-        return torch.cat([self.w_avg.lerp(head, truncation_psi), tail], dim=1)
+        if cutoff is None:
+            return self.w_avg.lerp(ws, psi)
+        return torch.cat([self.w_avg.lerp(ws[:, :cutoff], psi), ws[:, cutoff:]], dim=1)
 
     @torch.no_grad()
     def update_w_avg(self, w: Tensor, beta: float) -> None:

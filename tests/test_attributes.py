@@ -25,8 +25,7 @@ from hsrgan.engine.teacher import create_timm
 from hsrgan.tools import fit_attributes, import_attributes, pack
 from hsrgan.tools.fit_teacher import read_images
 
-FIT = typer.Typer()
-FIT.command()(fit_attributes.main)
+FIT = fit_attributes.app
 HALF = (0.5, 0.5, 0.5)
 
 

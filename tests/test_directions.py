@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
 from hsrgan.engine.distributed import World
+from hsrgan.engine.edits import read_edits
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.attributes import AttributeClassifier, save_attributes
 from hsrgan.engine.metrics.directions import (
@@ -25,10 +27,12 @@ from hsrgan.engine.metrics.linear_separability import (
     separation_entropy,
 )
 from hsrgan.engine.model import Generator
+from hsrgan.engine.pictures import image_grid
+from hsrgan.engine.sampler import draw
 from hsrgan.engine.snapshot import load_snapshot, save_snapshot
 from hsrgan.engine.teacher import create_timm
 from hsrgan.engine.tensor_files import sha256_of
-from hsrgan.tools import fit_directions as fit_tool
+from hsrgan.tools import directions as directions_tool
 from hsrgan.tools import sample
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -66,7 +70,7 @@ def test_a_planted_direction_is_found_and_points_to_present(planted):
     cosines = (found.vectors.numpy() * true).sum(1)
     assert (cosines > 0.95).all(), cosines
     torch.testing.assert_close(found.vectors.norm(dim=1), torch.ones(2))
-    assert min(found.accuracy) > 0.9
+    assert min(found.quality) > 0.9
     assert found.std == pytest.approx((w @ found.vectors.double().numpy().T).std(0), rel=1e-5)
     torch.testing.assert_close(found.shift("hat", -2.0), -2 * found.std[1] * found.vectors[1])
 
@@ -76,7 +80,7 @@ def test_a_direction_is_a_function_of_the_seed_and_noise_is_told_from_it(planted
     one, same, other = (fit_directions(w, logits, ["a", "b"], seed=s, snapshot="") for s in (0, 0, 1))
     assert torch.equal(one.vectors, same.vectors) and not torch.equal(one.vectors, other.vectors)
     nothing = np.random.default_rng(1).standard_normal((5000, 1))
-    assert fit_directions(w, nothing, ["x"], seed=0, snapshot="").accuracy[0] < 0.75
+    assert fit_directions(w, nothing, ["x"], seed=0, snapshot="").quality[0] < 0.75
     with pytest.raises(UserError, match="499 samples leave 9 at each end of an attribute: take 500"):
         fit_directions(w[:499], logits[:499], ["a", "b"], seed=0, snapshot="")
 
@@ -91,7 +95,7 @@ def test_a_file_keeps_everything(tmp_path):
     save_directions(path, directions(), command="how")
     loaded = load_directions(path)
     assert torch.equal(loaded.vectors, directions().vectors)
-    assert (loaded.names, loaded.accuracy, loaded.std) == (("smile", "hat"), (0.9, 0.8), (1.5, 0.5))
+    assert (loaded.names, loaded.quality, loaded.std) == (("smile", "hat"), (0.9, 0.8), (1.5, 0.5))
     assert (loaded.snapshot, loaded.samples) == ("0" * 64, 700)
     assert load_file(path).keys() == {"smile", "hat"}
     with safe_open(path, "pt") as file:
@@ -145,12 +149,12 @@ def test_the_sampler_edits_and_a_strength_of_zero_changes_no_bit(model, tmp_path
         assert all(x != y for x, y in zip(pictures(tmp_path / a), pictures(tmp_path / b), strict=True))
 
     generator, _ = load_snapshot(model / "m.safetensors")
-    shift = sample.edit_shift(["smile=2", "hat=-1.5"], model / "d.safetensors", generator, model / "m.safetensors")
-    assert shift.tolist() == [3.0, -0.75] + [0.0] * 6  # strength · std along each unit vector
-    z, _ = sample.draw([1], generator)
+    shift = read_edits(["smile=2", "hat=-1.5"], model / "d.safetensors", generator, model / "m.safetensors").fixed
+    assert shift.tolist() == [[3.0, -0.75] + [0.0] * 6] * 6  # strength · std along each unit vector, in all ws
+    z, _ = draw([1], generator)
     ws = generator.mapping(z, None, truncation_psi=0.7) + shift
-    expected = sample.to_uint8(generator.synthesis(ws, noise_mode="none"))
-    assert torch.equal(sample.generate(generator, [1], psi=0.7, noise_mode="none", shift=shift), expected)
+    expected = image_grid(generator.synthesis(ws, noise_mode="const"), scale=1)
+    assert np.array_equal(Image.open(tmp_path / "both/seed0001.png"), expected)
 
 
 def test_mistakes_in_edits_are_one_line(model, tmp_path):
@@ -164,7 +168,7 @@ def test_mistakes_in_edits_are_one_line(model, tmp_path):
         assert f"--edit {bad}: write it like smile=2" in say("--edit", bad)
     assert "needs --directions FILE" in say("--edit", "smile=2", directions_file=None)
     assert "without --edit changes nothing" in say()
-    assert "does not exist: make them with tools/fit_directions.py" in say("--edit", "a=1", directions_file="gone")
+    assert "does not exist: make them with tools/directions.py" in say("--edit", "a=1", directions_file="gone")
     assert "holds no directions" in say("--edit", "a=1", directions_file="m.safetensors")
 
     save_directions(model / "wide.safetensors", directions(w_dim=9), command="")
@@ -175,7 +179,7 @@ def test_mistakes_in_edits_are_one_line(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_fit_directions_writes_a_file_that_the_sampler_takes(model, tmp_path):
+def test_directions_svm_writes_a_file_that_the_sampler_takes(model, tmp_path):
     torch.manual_seed(0)
     net = create_timm("test_resnet", num_classes=3).eval()
     half = (0.5, 0.5, 0.5)
@@ -183,8 +187,8 @@ def test_fit_directions_writes_a_file_that_the_sampler_takes(model, tmp_path):
                                 balanced_accuracy=[0.95, None, 0.7])  # fmt: skip
     attributes, out = tmp_path / "attributes.safetensors", tmp_path / "d.safetensors"
     save_attributes(attributes, judge, model="test_resnet", kwargs={"num_classes": 3}, source="")
-    arguments = (model / "m.safetensors", "--attributes", attributes, "--samples", 500, "--out", out)
-    result = run(fit_tool.app, *arguments)
+    arguments = (model / "m.safetensors", "--attributes", attributes, "--samples", 500, "--seeds", 0, "--out", out)
+    result = run(directions_tool.app, "svm", *arguments)
     assert result.exit_code == 0 and "500 samples" in result.output, result.output
     found = load_directions(out)
     assert found.names == ("smile", "hat") and found.samples == 500
@@ -193,12 +197,13 @@ def test_fit_directions_writes_a_file_that_the_sampler_takes(model, tmp_path):
                  "--out", tmp_path / "out")  # fmt: skip
     assert result.exit_code == 0, result.output
 
-    assert "knows no attribute 'smil': did you mean smile?" in line(run(fit_tool.app, *arguments, "--name", "smil"))
-    weak = line(run(fit_tool.app, *arguments, "--name", "poor"))
+    unknown = run(directions_tool.app, "svm", *arguments, "--name", "smil")
+    assert "knows no attribute 'smil': did you mean smile?" in line(unknown)
+    weak = line(run(directions_tool.app, "svm", *arguments, "--name", "poor"))
     assert "attribute poor: held-out balanced accuracy 0.700 is below 0.8" in weak and "--allow-weak" in weak
     nowhere = (*arguments[:-1], tmp_path / "nowhere" / "d.safetensors")
-    assert "there is no folder" in line(run(fit_tool.app, *nowhere))
-    result = run(fit_tool.app, *arguments, "--name", "poor", "--allow-weak")
+    assert "there is no folder" in line(run(directions_tool.app, "svm", *nowhere))
+    result = run(directions_tool.app, "svm", *arguments, "--name", "poor", "--allow-weak")
     assert result.exit_code == 0 and load_directions(out).names == ("poor",)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -18,14 +17,12 @@ from hsrgan.engine.teacher import Teacher, create_timm, load_teacher
 from hsrgan.tools import fit_teacher
 
 SHIPPED = Path(hsrgan.recipes.__file__).with_name("digits_teacher.safetensors")
-APP = typer.Typer()
-APP.command()(fit_teacher.main)
 TINY = ["--resolution", "8", "--batch", "8", "--kimg", "0.05", "--model-args",
         "patch_size=4,embed_dim=8,depth=2,num_heads=2,class_token=false,global_pool=avg,fc_norm=false"]
 
 
 def run(*args: object) -> tuple[int, str]:
-    result = CliRunner().invoke(APP, [str(a) for a in args])
+    result = CliRunner().invoke(fit_teacher.app, [str(a) for a in args])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
 

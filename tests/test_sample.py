@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from hsrgan.engine import sampler
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.model import Generator
 from hsrgan.engine.snapshot import load_snapshot, save_snapshot
@@ -129,20 +130,20 @@ def test_files_that_are_no_snapshots(plain, tmp_path):
 
 
 def test_parse_seeds():
-    assert sample.parse_seeds("0-3, 10,7-7") == [0, 1, 2, 3, 10, 7]
+    assert sampler.parse_seeds("0-3, 10,7-7") == [0, 1, 2, 3, 10, 7]
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "-1", "1-", "1-2-3", "4294967296", "1.5"])
 def test_bad_seeds_are_refused(text):
     with pytest.raises(UserError, match="--seeds"):
-        sample.parse_seeds(text)
+        sampler.parse_seeds(text)
 
 
 @pytest.mark.parametrize("noise_mode", ["random", "const", "none"])
 def test_a_seed_is_one_picture_whatever_its_batch(labelled, noise_mode):
     generator, _ = load_snapshot(labelled)
-    together = sample.generate(generator, [3, 4, 5], noise_mode=noise_mode, batch=2)
-    alone = sample.generate(generator, [5], noise_mode=noise_mode, batch=1)
+    together = sampler.generate(generator, [3, 4, 5], noise_mode=noise_mode, batch=2)
+    alone = sampler.generate(generator, [5], noise_mode=noise_mode, batch=1)
     assert together.dtype == torch.uint8 and together.shape == (3, 1, 16, 16)
     # the last bit of the fp32 sum may differ between batch sizes, and with it one rounding
     assert (together[2].int() - alone[0].int()).abs().max() <= 1
@@ -154,10 +155,10 @@ def test_noise_modes_truncation_and_labels_reach_the_generator(labelled):
     z = torch.from_numpy(np.random.RandomState(5).randn(1, 8)).float()  # NVIDIA's
     c = torch.tensor([[0.0, 1.0, 0.0]])
     expected = generator(z, c, truncation_psi=0.5, truncation_cutoff=2, noise_mode="none")
-    made = sample.generate(generator, [5], torch.tensor([1]), psi=0.5, cutoff=2, noise_mode="none")
-    assert torch.equal(made, sample.to_uint8(expected))
+    made = sampler.generate(generator, [5], torch.tensor([1]), psi=0.5, cutoff=2, noise_mode="none")
+    assert torch.equal(made, sampler.to_uint8(expected))
     variants = [
-        sample.generate(generator, [5], torch.tensor([label]), psi=psi, cutoff=cutoff, noise_mode=mode)
+        sampler.generate(generator, [5], torch.tensor([label]), psi=psi, cutoff=cutoff, noise_mode=mode)
         for label, psi, cutoff, mode in
         [(1, 0.5, 2, "none"), (2, 0.5, 2, "none"), (1, 1, 2, "none"), (1, 0.5, None, "none"), (1, 0.5, 2, "const"),
          (1, 0.5, 2, "random")]
@@ -167,7 +168,7 @@ def test_noise_modes_truncation_and_labels_reach_the_generator(labelled):
 
 def test_seeds_draw_every_class(labelled):
     generator, _ = load_snapshot(labelled)
-    _, classes = sample.draw(range(300), generator)
+    _, classes = sampler.draw(range(300), generator)
     assert min(np.bincount(classes, minlength=3)) > 70
 
 

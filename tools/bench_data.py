@@ -216,7 +216,12 @@ def main(
     turns: Annotated[int, typer.Option(min=1, help="Of each loader, as far as the seconds reach.")] = 9,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there too.")] = None,
 ) -> None:
-    """Images a second of the loader beside plain webdataset and ImageFolder, on the same files."""
+    """Images a second of the loader beside plain webdataset and ImageFolder, on the same files.
+
+    Example:
+
+      python tools/bench_data.py --resolutions 32,256 --workers 0,2 --json loader.json
+    """
     with user_errors():
         console, rows = Console(width=max(Console().width, 118)), []  # the table's; a pipe has 80
         sides = _numbers(resolutions, "--resolutions", COUNTS.__contains__)

@@ -27,7 +27,12 @@ def main(
     dim: Annotated[int, typer.Option(min=2, help="Features of an image: 2048 for Inception.")] = 2048,
     images: Annotated[int, typer.Option(min=2, help="Images on each side.")] = 5000,
 ) -> None:
-    """Both values, both times and their ratio, on random features."""
+    """Both values, both times and their ratio, on random features.
+
+    Example:
+
+      python tools/bench_frechet.py --dim 2048
+    """
     sides = []
     for seed in range(2):
         x = torch.randn(images, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).relu()

@@ -273,7 +273,14 @@ def main(
     jobs: Annotated[int, typer.Option(min=0, help="Processes that compile for the static model; 0: one a core.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where rows and plot go, without suffix.")] = None,
 ) -> None:
-    """Time every op beside its rivals; on a machine without a GPU print the static model of --gpu instead."""
+    """Time every op beside its rivals; on a machine without a GPU print the static model of --gpu instead.
+
+    Examples:
+
+      python tools/bench_kernels.py --model ffhq1024 --op bias_act --dtype float16 --stylegan3 ../stylegan3
+
+      python tools/bench_kernels.py --shapes shapes.yaml --gpu MI300X
+    """
     with user_errors():
         calls = kernel_shapes.calls(
             {name: kernel_shapes.MODELS[name] for name in chosen(model_names, kernel_shapes.MODELS, "model")}, batch

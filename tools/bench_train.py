@@ -91,7 +91,14 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Of the CPU: write the rows there too.")] = None,
     out: Annotated[Path | None, typer.Option(help="For --model: where rows go, without suffix.")] = None,
 ) -> None:
-    """Whole training steps: this GPU's, this CPU's, or the static model of a GPU that is not there."""
+    """Whole training steps: this GPU's, this CPU's, or the static model of a GPU that is not there.
+
+    Examples:
+
+      python tools/bench_train.py --model ffhq256,ffhq1024 --stylegan3 ../stylegan3
+
+      python tools/bench_train.py --resolutions 32,64 --json train_cpu.json
+    """
     with user_errors():
         there = torch.cuda.is_available()
         console = Console(width=max(Console().width, WIDTH))  # the table's; a pipe has 80

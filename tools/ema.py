@@ -24,8 +24,8 @@ from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, save_png
 from hsrgan.engine.power_ema import LONGEST, Fit, fit
+from hsrgan.engine.sampler import generate, parse_seeds, place
 from hsrgan.engine.snapshot import load_snapshot, read_metadata, read_tensors, save_snapshot
-from hsrgan.tools.sample import generate, parse_seeds, place
 
 WORST = 0.1  # residual above which a length is refused
 TITLE, GAP = 14, 8  # pixels, of the line above a grid and between two grids

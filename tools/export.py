@@ -17,7 +17,7 @@ from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.exporting import BATCHES, BOUNDS, PARTS, Graph
 from hsrgan.engine.metrics.fp32 import exact_fp32
 from hsrgan.engine.metrics.report import Bars
-from hsrgan.engine.model import NOISE_MODES
+from hsrgan.engine.sampler import Noise
 from hsrgan.engine.snapshot import load_snapshot
 
 
@@ -41,7 +41,6 @@ FORMS = {
 
 To = enum.Enum("To", {name: name for name in FORMS}, type=str)
 Part = enum.Enum("Part", {name: name for name in PARTS}, type=str)
-Noise = enum.Enum("Noise", {name: name for name in NOISE_MODES}, type=str)
 Precision = enum.Enum("Precision", {name: name for name in BOUNDS}, type=str)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

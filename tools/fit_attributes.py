@@ -138,6 +138,10 @@ def _report(classifier: AttributeClassifier, labels: Tensor) -> Table:
     return table
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
 def main(
     data: Annotated[str, typer.Argument(help="packed shards; a folder, zip or LMDB of images; or the word digits")],
     out: Annotated[Path, typer.Option(help="the classifier file to write")] = Path("attributes.safetensors"),
@@ -211,4 +215,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -339,6 +339,10 @@ def channel_statistics(images: Images) -> tuple[list[float], list[float]]:
     return mean, [max(round(v, 4), 1e-3) for v in pixels.std((0, 2, 3)).tolist()]
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
 def main(
     data: Annotated[str, typer.Argument(help="packed shards; a folder, zip or LMDB of images; or the word digits")],
     out: Annotated[Path, typer.Option(help="the teacher file to write")] = Path("teacher.safetensors"),
@@ -391,4 +395,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

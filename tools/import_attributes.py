@@ -117,6 +117,18 @@ def from_gan_ensembling(path: Path) -> dict[str, Tensor]:
     return result
 
 
+@app.callback()
+def _main() -> None:
+    """Turn published predictors of CelebA's attributes into a classifier file.
+
+    Examples:
+
+      python tools/import_attributes.py anycost attribute_predictor.pt
+
+      python tools/import_attributes.py gan-ensembling celebahq/ --attribute Smiling
+    """
+
+
 @app.command()
 def anycost(
     file: Annotated[Path, typer.Argument(help="attribute_predictor.pt of mit-han-lab/anycost-gan.")],

@@ -28,7 +28,14 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=T
 
 @app.callback()
 def _main() -> None:
-    """Check a weights file and convert it to safetensors. Nothing in it is executed."""
+    """Check a weights file and convert it to safetensors. Nothing in it is executed.
+
+    Examples:
+
+      python tools/import_weights.py stylegan network-snapshot-025000.pkl ffhq.safetensors
+
+      python tools/import_weights.py inception weights-inception-2015-12-05-6726825d.pth
+    """
 
 
 @app.command()

@@ -2,183 +2,147 @@
 
 from __future__ import annotations
 
-import enum
-import math
-import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from hsrgan.engine.aside import writable
+from hsrgan.engine.edits import Edits, parse_layers, read_edits
 from hsrgan.engine.errors import UserError, user_errors
-from hsrgan.engine.labels import Label, multi_hot, parse_label
-from hsrgan.engine.metrics.directions import load_directions
+from hsrgan.engine.latents import Latents, save_latents
+from hsrgan.engine.metrics.report import Bars
 from hsrgan.engine.model import Generator
-from hsrgan.engine.pictures import image_grid, save_png, to_uint8
+from hsrgan.engine.pictures import image_grid, save_png
+from hsrgan.engine.sampler import (
+    BATCH,
+    Noise,
+    images_of,
+    layer_noise,
+    parse_seeds,
+    place,
+    told,
+    truncated,
+)
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
+from hsrgan.tools import options
+from hsrgan.tools.options import Start
 
-MAX_SEED = 2**32 - 1  # of NumPy's RandomState
+STRENGTHS = 7  # rows of an edit's range
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-class Noise(str, enum.Enum):
-    """What is added in every synthesis layer."""
-
-    random = "random"
-    const = "const"
-    none = "none"
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`0-3,10` → [0, 1, 2, 3, 10]. Raises `UserError` for anything else, and for seeds beyond 2³² − 1."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"--seeds {text}: {part.strip()!r} is not a number or a range; write it like 0-63,100")
-        low, high = int(first), int(last or first)
-        if not low <= high <= MAX_SEED:
-            raise UserError(f"--seeds {text}: {part.strip()} must rise, and end at {MAX_SEED} or before")
-        seeds.extend(range(low, high + 1))
-    return seeds
-
-
-def draw(seeds: Sequence[int], generator: Generator) -> tuple[Tensor, Tensor]:
-    """z [N, z_dim] fp32 and a class for each [N] int64 (0 where the model has none), a function of the seed alone.
-
-    z is NVIDIA's: RandomState(seed).randn(1, z_dim). The class is uniform, the next draw of the same stream.
+@dataclass(frozen=True)
+class Grid:
+    """Pictures to make: names, ws [N, num_ws, w_dim], and for the noise the seed, or the number of the file's row, of
+    each. rows: what they are called. corner: the first tile is left free.
     """
-    streams = [np.random.RandomState(seed) for seed in seeds]
-    z = np.concatenate([stream.randn(1, generator.z_dim) for stream in streams])
-    classes = [stream.randint(max(generator.c_dim, 1)) for stream in streams]
-    return torch.from_numpy(z).float(), torch.tensor(classes)
+
+    names: list[str]
+    ws: Tensor
+    origins: list[int]
+    rows: list[str]
+    corner: bool = False
 
 
-def layer_noise(seeds: Sequence[int], generator: Generator) -> Tensor:
-    """[N, noise_size] fp32, a function of the seed alone: a sample does not depend on the others in its batch."""
-    size = generator.synthesis.noise_size
-    return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def parse_psis(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--psi {text}: give a number, or several with commas between: a row for each") from None
 
 
-@torch.inference_mode()
-def generate(
+def sweep(
+    columns: Start,
     generator: Generator,
-    seeds: Sequence[int],
-    classes: Tensor | None = None,
-    *,
-    psi: float = 1.0,
-    cutoff: int | None = None,
-    noise_mode: str = "random",
-    shift: Tensor | None = None,
-    batch: int = 16,
-) -> Tensor:
-    """The images of `seeds`, uint8 [N, C, H, W] on the CPU, made `batch` at a time where the generator lives.
+    labels: list[tuple[str, Tensor | None]],
+    psis: list[float],
+    cutoff: int | None,
+    edits: Edits,
+    batch: int,
+) -> Grid:
+    """A row for each class, each ψ or each strength of a range, whichever there are several of."""
+    strengths = [0.0] if edits.step is None else torch.linspace(edits.low, edits.high, STRENGTHS).tolist()
+    rows, ws = [], []
+    for words, c in labels:
+        start = columns.ws(generator, c, batch)
+        for psi in psis:
+            base = truncated(generator, start, psi, cutoff)
+            for strength in strengths:
+                edit = f"{edits.name}{strength:+.2f}" if edits.step is not None else ""
+                rows.append("-".join(filter(None, [words, f"psi{psi:g}" if len(psis) > 1 else "", edit])))
+                ws.append(base + edits.at(strength))
+    names = ["-".join(filter(None, [name, row])) for row in rows for name in columns.names]
+    return Grid(names, torch.cat(ws), columns.seeds * len(rows), rows)
 
-    classes: [N] int64, or labels [N, c_dim]; by default a class is drawn from each seed. shift [w_dim] is added to
-    every w, after truncation. Shows progress.
+
+def mixing(
+    columns: Start,
+    seeds: list[int],
+    layers: tuple[int, int],
+    generator: Generator,
+    c: Tensor | None,
+    psi: float,
+    cutoff: int | None,
+    edit: Tensor,
+    batch: int,
+) -> Grid:
+    """StyleGAN's mixing: a row for each of `seeds`, whose pictures take their `layers` from the column's source. Above
+    them the columns' own pictures, before each row its own.
     """
-    device = next(generator.parameters()).device
-    images = []
-    rate = TextColumn("{task.fields[rate]:.1f} img/s")
-    columns = [TextColumn("sampling"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn()]
-    with Progress(*columns) as progress:
-        task = progress.add_task("sampling", total=len(seeds), rate=0.0)
-        began = time.perf_counter()
-        for start in range(0, len(seeds), batch):
-            part = seeds[start : start + batch]
-            z, drawn = draw(part, generator)
-            chosen = drawn if classes is None else classes[start : start + batch]
-            if generator.c_dim and chosen.ndim == 1:
-                chosen = torch.nn.functional.one_hot(chosen, generator.c_dim).float()
-            c = chosen.to(device) if generator.c_dim else None
-            noise = layer_noise(part, generator).to(device) if noise_mode == "random" else None
-            ws = generator.mapping(z.to(device), c, truncation_psi=psi, truncation_cutoff=cutoff)
-            if shift is not None:
-                ws = ws + shift.to(ws)
-            image = generator.synthesis(ws, noise_mode=noise_mode, noise=noise)
-            images.append(to_uint8(image).cpu())
-            done = start + len(part)
-            progress.update(task, completed=done, rate=done / (time.perf_counter() - began))
-    return torch.cat(images)
+    sources = Start([f"seed{seed:04d}" for seed in seeds], seeds)
+    above, left = (truncated(generator, of.ws(generator, c, batch), psi, cutoff) for of in (columns, sources))
+    names, ws, origins = list(columns.names), [above], list(columns.seeds)
+    for name, row, seed in zip(sources.names, left, seeds, strict=True):
+        mixed = row.repeat(len(above), 1, 1)
+        mixed[:, layers[0] : layers[1] + 1] = above[:, layers[0] : layers[1] + 1]
+        ws += [row[None], mixed]
+        names += [name, *(f"{name}-mix-{column}" for column in columns.names)]
+        origins += [seed] * (1 + len(above))
+    return Grid(names, torch.cat(ws) + edit, origins, ["sources of the columns", *sources.names], corner=True)
 
 
-def place(generator: Generator) -> Generator:
-    """On the GPU where there is one, else on the CPU."""
-    return generator.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _rows_of_labels(label: str | None, generator: Generator, snapshot: Path, dataset: dict) -> list[Label | None]:
-    """The label of each row of the grid; one None where seeds choose their own class or the model has none."""
-    if label is None:
-        return [None]
-    if not generator.c_dim:
-        raise UserError(f"--label {label}: {snapshot} was trained without labels; leave --label out")
-    if label == "all":
-        return [(i,) for i in range(generator.c_dim)]
-    return [
-        parse_label(
-            label, generator.c_dim, dataset.get("class_names", ()), several=dataset.get("multi_label", False),
-            where=f"--label {label}: {snapshot}",
-        )
-    ]  # fmt: skip
-
-
-def edit_shift(edits: Sequence[str], file: Path | None, generator: Generator, snapshot: Path) -> Tensor | None:
-    """What `--edit name=strength …` adds to w [w_dim], from the directions in `file`; None without edits."""
-    if not edits:
-        if file is not None:
-            raise UserError(f"--directions {file} without --edit changes nothing: add --edit name=2, or leave it out")
-        return None
-    if file is None:
-        raise UserError(f"--edit {edits[0]} needs --directions FILE: make it with tools/fit_directions.py")
-    directions = load_directions(file)
-    directions.expect(w_dim=generator.w_dim, snapshot=sha256_of(snapshot), path=file)
-    total = torch.zeros(generator.w_dim)
-    for edit in edits:
-        name, _, strength = edit.rpartition("=")
-        try:
-            value = float(strength)
-        except ValueError:
-            value = math.nan
-        if not name or not math.isfinite(value):
-            raise UserError(f"--edit {edit}: write it like smile=2 or smile=-1.5, in standard deviations of w")
-        total += directions.shift(name, value)
-    return total
+def _one_kind_of_rows(several: dict[str, bool]) -> None:
+    """Raise `UserError` where the grid would need a third dimension."""
+    asked = [name for name, is_asked in several.items() if is_asked]
+    if len(asked) > 1:
+        raise UserError(f"{' with '.join(asked)}: a grid has rows of one kind; make one grid for each")
 
 
 @app.command()
 def main(
-    snapshot: Annotated[Path, typer.Argument(help="A .safetensors file from a run's snapshots folder.")],
-    seeds: Annotated[str, typer.Option(help="Seeds, such as 0-63,100. One seed is one picture, always the same.")] = (
-        "0-63"
+    snapshot: options.SnapshotFile,
+    seeds: Annotated[str | None, options.seeds_option("0-63")] = None,
+    w: options.LatentsFile = None,
+    psi: Annotated[str, typer.Option(help="Truncation: 1 = none, 0 = the average picture. 0.3,0.7,1: a row each.")] = (
+        "1"
     ),
-    psi: Annotated[float, typer.Option(help="Truncation: 1 = none, 0 = the average picture.")] = 1.0,
-    cutoff: Annotated[int | None, typer.Option(min=1, help="Truncate only this many ws, the coarsest.")] = None,
+    cutoff: options.Cutoff = None,
     label: Annotated[
         str | None,
         typer.Option(help="A class by number or name (several with commas for a multi-label model), or 'all': a row "
-                          "for each class. By default each seed draws its class."),
+                     "for each class. By default each seed draws its class."),
     ] = None,
-    noise: Annotated[Noise, typer.Option(help="Layer noise: drawn from the seed, the stored constant, or none.")] = (
-        Noise.const
-    ),
-    edit: Annotated[
-        list[str] | None,
-        typer.Option(help="name=strength, repeatable: change an attribute by so many standard deviations of w."),
+    noise: options.NoiseMode = Noise.const,
+    edit: options.Edit = None,
+    directions: options.DirectionsFile = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Style mixing: seeds of the rows, whose pictures take --mix-layers from the column's seed."),
     ] = None,
-    directions: Annotated[
-        Path | None, typer.Option(help="The directions of --edit, made by tools/fit_directions.py.")
+    mix_layers: Annotated[
+        str | None, typer.Option(help="The ws taken from the columns, such as 0-6; by default the coarser half.")
+    ] = None,
+    save_w: Annotated[
+        Path | None, typer.Option(help="Write the ws of all pictures, as made, to this .safetensors or .npz.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures; made if absent.")] = Path("samples"),
-    batch: Annotated[int, typer.Option(min=1, help="Images made at a time.")] = 16,
+    batch: options.Batch = BATCH,
     grid: Annotated[bool, typer.Option(help="Write all of them as grid.png.")] = True,
     single: Annotated[bool, typer.Option(help="Write each as seed0000.png (seed0000-class3.png with --label).")] = True,
 ) -> None:
@@ -190,38 +154,66 @@ def main(
 
       python tools/sample.py model.safetensors --seeds 0-9 --label all --psi 0.7 --no-single --out digits
 
-      python tools/sample.py model.safetensors --directions directions.safetensors --edit smile=2 --edit hat=-1
+      python tools/sample.py model.safetensors --seeds 0-7 --psi 0,0.25,0.5,0.75,1
+
+      python tools/sample.py model.safetensors --seeds 55,821,1789 --mix 85,100,75 --mix-layers 0-6
+
+      python tools/sample.py model.safetensors --directions directions.safetensors --edit smile=-3:3 --edit hat=-1
+
+      python tools/sample.py model.safetensors --w projected.safetensors --directions d.safetensors --edit smile=2
     """
-    with user_errors():
+    with user_errors(), Bars() as bars:
         if not grid and not single:
             raise UserError("--no-grid with --no-single leaves nothing to write; drop one of them")
-        chosen_seeds = parse_seeds(seeds)
         generator, metadata = load_snapshot(snapshot)
-        if cutoff is not None and cutoff > generator.num_ws:
-            raise UserError(f"--cutoff {cutoff}: {snapshot} has {generator.num_ws} ws; give 1 to {generator.num_ws}")
-        rows = _rows_of_labels(label, generator, snapshot, metadata["dataset"])
-        shift = edit_shift(edit or [], directions, generator, snapshot)
+        columns = options.read_start(seeds, w, label, generator, default="0-63")
+        psis = parse_psis(psi)
+        options.check_cutoff(cutoff, generator, snapshot)
+        labels = options.read_label(label, generator, snapshot, metadata["dataset"])
+        edits = read_edits(edit or [], directions, generator, snapshot)
+        if mix_layers and not mix:
+            raise UserError(f"--mix-layers {mix_layers} needs --mix: the seeds of the rows")
+        _one_kind_of_rows({
+            "several --psi": len(psis) > 1, "--label all": len(labels) > 1, "--mix": mix is not None,
+            f"--edit {edits.name}={edits.low:g}:{edits.high:g}": edits.step is not None,
+        })  # fmt: skip
+        layers = parse_layers(mix_layers or f"0-{generator.num_ws // 2 - 1}", generator.num_ws, "--mix-layers")
+        rows = parse_seeds(mix, "--mix") if mix else []
+
+        generator = place(generator)
+        if mix:
+            plan = mixing(columns, rows, layers, generator, labels[0][1], psis[0], cutoff, edits.fixed, batch)
+        else:
+            plan = sweep(columns, generator, labels, psis, cutoff, edits, batch)
+        stored = columns.file.noise if columns.file and noise is Noise.const else None
+        if stored is not None and mix:
+            stored = None
+            typer.echo(f"the noise in {w} is left out: a mixed picture has two sources")
+        if save_w:
+            kept = None if stored is None else stored[plan.origins]
+            space = "w" if torch.equal(plan.ws, plan.ws[:, :1].expand_as(plan.ws)) else "w+"
+            save_latents(save_w, Latents(plan.ws, kept, sha256_of(snapshot), space))
         with writable(out, "name another --out"):
             out.mkdir(parents=True, exist_ok=True)
+        rows_of_noise = None
+        if stored is not None:
+            rows_of_noise = lambda at: stored[[plan.origins[i] for i in at]]  # noqa: E731
+        elif noise is Noise.random:
+            rows_of_noise = lambda at: layer_noise([plan.origins[i] for i in at], generator)  # noqa: E731
+        made = images_of(generator, plan.ws, noise_mode=noise.value, noise=rows_of_noise, batch=batch)
+        images = torch.cat(list(told(made, bars, "sampling", len(plan.ws))))
 
-        every_seed = [seed for _ in rows for seed in chosen_seeds]
-        labels = None
-        if rows != [None]:
-            labels = torch.from_numpy(multi_hot(rows, generator.c_dim)).repeat_interleave(len(chosen_seeds), 0)
-        images = generate(
-            place(generator), every_seed, labels, psi=psi, cutoff=cutoff, noise_mode=noise.value, shift=shift,
-            batch=batch,
-        )  # fmt: skip
         if single:
-            for i, (seed, image) in enumerate(zip(every_seed, images, strict=True)):
-                suffix = "" if labels is None else f"-class{'+'.join(map(str, rows[i // len(chosen_seeds)]))}"
-                save_png(image_grid(image[None], scale=1), out / f"seed{seed:04d}{suffix}.png")
+            for name, image in zip(plan.names, images, strict=True):
+                save_png(image_grid(image[None], scale=1), out / f"{name}.png")
         if grid:
-            save_png(image_grid(images, cols=len(chosen_seeds) if len(rows) > 1 else None), out / "grid.png")
+            tiles = torch.cat([torch.zeros_like(images[:1]), images]) if plan.corner else images
+            cols = len(columns.names) + plan.corner if len(plan.rows) > 1 else None
+            save_png(image_grid(tiles, cols=cols), out / "grid.png")
         typer.echo(f"{len(images)} pictures of {snapshot} ({metadata['kimg']:g} kimg) in {out}")
-        names = metadata["dataset"].get("class_names")
-        if len(rows) > 1 and names:
-            typer.echo(f"rows of the grid: {', '.join(names)}")
+        if len(plan.rows) > 1:
+            names = metadata["dataset"].get("class_names") if len(labels) > 1 else None
+            typer.echo(f"rows of the grid: {', '.join(names or plan.rows)}")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ from torch import Tensor
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.pictures import save_png, to_uint8
+from hsrgan.engine.sampler import MAX_SEED, generate, place
 from hsrgan.engine.sizes import in_words
 from hsrgan.engine.snapshot import load_snapshot
-from hsrgan.tools.sample import MAX_SEED, generate, place
 
 CLASSES = 10
 SIDE = 8  # pixels of the originals, whose values are whole numbers from 0 to 16

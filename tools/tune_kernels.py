@@ -219,7 +219,14 @@ def main(
     jobs: Annotated[int, typer.Option(min=0, help="Processes of --check; 0: one a core.")] = 0,
     table: Annotated[Path, typer.Option(help="The table that is read and written.")] = blocks.PATH,
 ) -> None:
-    """Time the block sizes of the Triton kernels on this GPU, and write those that are faster into the table."""
+    """Time the block sizes of the Triton kernels on this GPU, and write those that are faster into the table.
+
+    Examples:
+
+      python tools/tune_kernels.py --kernel bias_act.forward
+
+      python tools/tune_kernels.py --check --target sm_90
+    """
     with user_errors():
         known = [probe.kernel for probe in PROBES]
         wanted = [each.strip() for each in kernel.split(",") if each.strip()] or known

@@ -128,7 +128,7 @@ def als_report(measured: Mapping[str, Measured]) -> dict:
                     alone = linearity(one.edits[:, e, :, e : e + 1], [name], sigma[e : e + 1], seed=one.seed)
                     along = {key: alone[key] for key in ("als", "interval")}
                     kinds["edits"][scores]["attributes"][name]["along"] = along
-        kinds["direction_accuracy"] = dict(zip(names, one.directions.accuracy, strict=True))
+        kinds["direction_accuracy"] = dict(zip(names, one.directions.quality, strict=True))
         report["models"][label] = kinds
     return report
 

@@ -1,4 +1,5 @@
-"""Directions in W along which one attribute changes: unit normals of linear SVMs (InterFaceGAN, 1907.10786, §3.1).
+"""Directions in W to edit along, their files, and those of an attribute: unit normals of linear SVMs (InterFaceGAN,
+1907.10786, §3.1). SeFa's and PCA's are found by `engine/factorised.py`.
 
 For each attribute the 2 % of samples with the highest and the 2 % with the lowest logit are two classes; a linear SVM
 (scikit-learn's SVC, C = 1) is fitted to 70 % of them and judged on the rest. Its unit normal d points to *present*.
@@ -6,8 +7,9 @@ The unit of an edit is the standard deviation of w along d, so that a strength m
 
     w ← w + strength · std(w·d) · d
 
-A file (.safetensors) holds one [w_dim] vector per attribute, by its name, and as metadata (text → text): format, names,
-accuracy, std, w_dim, samples, snapshot (its sha256) and command.
+A file (.safetensors) holds one [w_dim] vector per direction, by its name, and as metadata (text → text): format, names,
+std, w_dim, samples, snapshot (its sha256), command, kind (absent: svm), that kind's measure of each direction by its
+name in MEASURES, and layers (absent: all), for each direction null or [first, last] of the ws that it moves.
 """
 
 from __future__ import annotations
@@ -30,21 +32,31 @@ from hsrgan.engine.tensor_files import one_line, read_safetensors
 FORMAT = "hsrgan-directions-1"
 SHARE, SPLIT = 0.02, 0.7  # InterFaceGAN's
 FEWEST = 10  # samples in each class
+MEASURES = {"svm": "accuracy", "sefa": "eigenvalue_share", "pca": "variance_share"}  # kind: what `quality` is
+MAKE = "make them with tools/directions.py"
+
+Layers = tuple[int, int]  # the first and the last of the ws, counted from 0
 
 
 @dataclass(frozen=True)
 class Directions:
-    """vectors [a, w_dim] of unit length and, for each of the `names`: the SVM's held-out accuracy, and std, the
-    standard deviation of w along the vector. snapshot: sha256 of the file whose W this is. samples: how many w's they
-    come from.
+    """vectors [a, w_dim] of unit length and, for each of the `names`: quality (an SVM's held-out accuracy; a share of
+    all eigenvalues, of all variance), and std, the standard deviation of w along the vector. snapshot: sha256 of the
+    file whose W this is. samples: how many w's they come from. layers: the ws that they move, None for all.
     """
 
     names: tuple[str, ...]
     vectors: Tensor
-    accuracy: tuple[float, ...]
+    quality: tuple[float, ...]
     std: tuple[float, ...]
     snapshot: str
     samples: int
+    kind: str = "svm"
+    layers: tuple[Layers | None, ...] = ()  # () for None everywhere
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            object.__setattr__(self, "layers", (None,) * len(self.names))
 
     def shift(self, name: str, strength: float) -> Tensor:
         """What to add to w [w_dim]: `strength` standard deviations towards *present*. Raises `UserError` for an unknown
@@ -55,14 +67,23 @@ class Directions:
         a = self.names.index(name)
         return self.vectors[a] * (strength * self.std[a])
 
-    def expect(self, *, w_dim: int, snapshot: str, path: Path) -> None:
+    def edit(self, name: str, strength: float, num_ws: int) -> Tensor:
+        """What to add to ws [num_ws, w_dim]: `shift`, on the ws that the direction moves."""
+        edit = self.shift(name, strength).repeat(num_ws, 1)
+        first, last = self.layers[self.names.index(name)] or (0, num_ws - 1)
+        edit[:first] = edit[last + 1 :] = 0
+        return edit
+
+    def expect(self, *, num_ws: int, w_dim: int, snapshot: str, path: Path) -> None:
         """Raise `UserError` unless these directions are of that snapshot's W; `path` is where they came from."""
         if self.vectors.shape[1] != w_dim:
             raise UserError(f"directions {path} have {self.vectors.shape[1]} dimensions, the snapshot's w has {w_dim}: "
-                            "fit them to it with tools/fit_directions.py")
+                            f"{MAKE} from it")
         if self.snapshot != snapshot:
             raise UserError(f"directions {path} belong to another snapshot (sha256 {self.snapshot[:12]}…, this one is "
-                            f"{snapshot[:12]}…): fit them to it with tools/fit_directions.py")
+                            f"{snapshot[:12]}…): {MAKE} from it")
+        if any(layers and layers[1] >= num_ws for layers in self.layers):
+            raise UserError(f"directions {path} move ws that the snapshot has not ({num_ws} ws): {MAKE} from it")
 
 
 def fit_directions(
@@ -109,8 +130,9 @@ def _direction(w: np.ndarray, score: np.ndarray, size: int, generator: np.random
 def save_directions(path: Path, directions: Directions, *, command: str) -> None:
     """Write `directions` whole or not at all; `command` says how they were made."""
     metadata = {"format": FORMAT, "snapshot": directions.snapshot, "command": command}
-    facts = {"names": directions.names, "accuracy": directions.accuracy, "std": directions.std}
-    facts |= {"w_dim": directions.vectors.shape[1], "samples": directions.samples}
+    metadata["kind"] = directions.kind
+    facts = {"names": directions.names, MEASURES[directions.kind]: directions.quality, "std": directions.std}
+    facts |= {"w_dim": directions.vectors.shape[1], "samples": directions.samples, "layers": directions.layers}
     metadata |= {key: json.dumps(value) for key, value in facts.items()}
     tensors = {name: vector.clone() for name, vector in zip(directions.names, directions.vectors, strict=True)}
     with written_aside(path) as aside:
@@ -120,17 +142,28 @@ def save_directions(path: Path, directions: Directions, *, command: str) -> None
 def load_directions(path: Path | str) -> Directions:
     """The directions of a file. Raises `UserError` for one that is absent, damaged or something else."""
     path = Path(path)
-    tensors, metadata = read_safetensors(path, "directions", "make them with tools/fit_directions.py")
+    tensors, metadata = read_safetensors(path, "directions", MAKE)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} holds no directions (its format is {metadata.get('format')!r}, not {FORMAT!r}): make "
-                        "them with tools/fit_directions.py")
+        has = metadata.get("format")
+        raise UserError(f"{path} holds no directions (its format is {has!r}, not {FORMAT!r}): {MAKE}")
     try:
-        names, accuracy, std = (tuple(json.loads(metadata[key])) for key in ("names", "accuracy", "std"))
+        kind = metadata.get("kind", "svm")
+        names, quality, std = (tuple(json.loads(metadata[key])) for key in ("names", MEASURES[kind], "std"))
+        layers = tuple(_layers(pair) for pair in json.loads(metadata.get("layers", "[]"))) or (None,) * len(names)
         shape = (len(names), json.loads(metadata["w_dim"]))
         vectors = torch.stack([tensors[name] for name in names])
-        if vectors.shape != shape or not len(accuracy) == len(std) == len(names) == len(tensors):
+        if vectors.shape != shape or not len(quality) == len(std) == len(layers) == len(names) == len(tensors):
             raise ValueError(f"it holds {list(vectors.shape)}, its metadata speaks of {list(shape)}")
-        return Directions(names, vectors, accuracy, std, metadata["snapshot"], json.loads(metadata["samples"]))
+        samples = json.loads(metadata["samples"])
+        return Directions(names, vectors, quality, std, metadata["snapshot"], samples, kind, layers)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"directions {path} are damaged ({one_line(error)}): make them again with "
-                        "tools/fit_directions.py") from None
+        raise UserError(f"directions {path} are damaged ({one_line(error)}): {MAKE} again") from None
+
+
+def _layers(pair: object) -> Layers | None:
+    if pair is None:
+        return None
+    first, last = pair
+    if not (type(first) is type(last) is int and 0 <= first <= last):
+        raise ValueError(f"layers {pair} are no range")
+    return first, last
