@@ -1,8 +1,9 @@
 """Latents as files: what a projection found or a sampler kept, to be sampled and edited again.
 
-`.safetensors` holds `w` [N, num_ws, w_dim] fp32 and perhaps `noise` [N, noise_size] fp32 (the layers' noise maps, as
-`Synthesis` takes them); its metadata: `format`, `snapshot_sha256` (of the snapshot whose W it is) and `space` ("w": all
-ws of a sample are equal, or "w+"). `.npz` holds `w` alone, as NVIDIA's projected_w.npz does. Nothing is unpickled.
+`.safetensors` holds `w` [N, num_ws, w_dim] fp32 (or [N, w_dim]: one for all layers) and perhaps `noise` [N, noise_size]
+fp32 (the layers' noise maps, as `Synthesis` takes them). Its metadata: `format`, `snapshot_sha256` (of the snapshot
+whose W it is) and `space` ("w": all ws of a sample are equal, or "w+"). `.npz` holds `w` alone, as NVIDIA's
+projected_w.npz does. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ REMEDY = "give a .safetensors or .npz file that tools/project.py wrote"
 
 @dataclass(frozen=True)
 class Latents:
-    """w [N, num_ws, w_dim] and noise [N, noise_size] or None, fp32 on the CPU.
+    """w [N, num_ws or 1, w_dim] and noise [N, noise_size] or None, fp32 on the CPU.
 
     snapshot_sha256 and space are None where the file does not say (an .npz).
     """
@@ -44,7 +45,7 @@ class Latents:
         Another snapshot of the same shape is no error: W survives fine-tuning.
         """
         num_ws, w_dim = generator.num_ws, generator.w_dim
-        if self.w.shape[1:] != (num_ws, w_dim):
+        if self.w.shape[1:] not in ((num_ws, w_dim), (1, w_dim)):
             raise UserError(f"latents {path}: w is {list(self.w.shape)}, but the generator takes [N, {num_ws}, "
                             f"{w_dim}]: they belong to another model")
         size = generator.synthesis.noise_size
@@ -82,7 +83,8 @@ def load_latents(path: Path) -> Latents:
         if metadata.get("format") != FORMAT or "w" not in tensors:
             raise UserError(f"{path} holds no latents (its format is {metadata.get('format')!r}, not {FORMAT!r}): "
                             f"{REMEDY}")
-        latents = Latents(tensors["w"], tensors.get("noise"), metadata.get("snapshot_sha256"), metadata.get("space"))
+        facts = (metadata.get(key) for key in ("snapshot_sha256", "space"))
+        latents = Latents(_ws(tensors["w"]), tensors.get("noise"), *facts)
     _check(path, latents)
     return latents
 
@@ -90,6 +92,11 @@ def load_latents(path: Path) -> Latents:
 def _check_suffix(path: Path) -> None:
     if path.suffix not in (".safetensors", ".npz"):
         raise UserError(f"latents {path}: the name must end in .safetensors or .npz")
+
+
+def _ws(w: Tensor) -> Tensor:
+    """[N, w_dim] as [N, 1, w_dim]."""
+    return w[:, None] if w.ndim == 2 else w
 
 
 def _npz(path: Path) -> Tensor:
@@ -101,7 +108,7 @@ def _npz(path: Path) -> Tensor:
         if size > MOST_BYTES:
             raise ValueError(f"its w unpacks to {size:,} bytes")
         with np.load(path, allow_pickle=False) as file:
-            return torch.from_numpy(file["w"].astype(np.float32))
+            return _ws(torch.from_numpy(file["w"].astype(np.float32)))
     except Exception as error:  # a damaged zip or array makes NumPy raise nearly anything
         raise UserError(f"latents {path} are no .npz with an array `w` of numbers ({one_line(error)}): {REMEDY}"
                         ) from None

@@ -85,7 +85,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, img: Tensor) -> dict[int, Tensor]:
-        """img [N, C, H, W] in [−1, 1], any size, C = 1 or the teacher's → {r: [N, C_t, h, w]}; no gradient passes.
+        """`features` of the image as constants: no gradient passes."""
+        return self.features(img)
+
+    def features(self, img: Tensor) -> dict[int, Tensor]:
+        """img [N, C, H, W] in [−1, 1], any size, C = 1 or the teacher's → {r: [N, C_t, h, w]}. The gradient passes to
+        img, once: fused attention has no second derivative.
 
         C = 4 lies over mid-grey for a teacher of three. Area-resized (adaptive average pooling) to input_size, which
         squeezes a rectangle into a teacher's square. Token models give their patch tokens, without class or
