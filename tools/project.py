@@ -29,6 +29,8 @@ from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
 from hsrgan.tools.pack_images import Crop, Filter, Format, Recipe, Unusable
 
+REMEDY = "free space there or name another --out"
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -68,8 +70,8 @@ def names_of(images: list[Path]) -> list[str]:
     names = [path.stem for path in images]
     for i, name in enumerate(names):
         if name in names[:i]:
-            raise UserError(f"{images[names.index(name)]} and {images[i]} would both be written as {name}-w.safetensors: "
-                            "rename one, or project them into two folders with --out")
+            raise UserError(f"{images[names.index(name)]} and {images[i]} would both be written as {name}-w.safetensors"
+                            ": rename one, or project them one by one, each with an --out of its own")
     return names
 
 
@@ -94,16 +96,16 @@ def write_image(out: Path, name: str, target: Tensor, found: Projection, i: int,
     latents = Latents(found.w[i : i + 1], found.noise[i : i + 1], facts["snapshot_sha256"], facts["space"])
     curves = {key: getattr(found, key)[:, i].tolist() for key in ("distance", "regulariser", "pixel")}
     facts = {**facts, **curves}
-    with writable(out, "free space there or name another --out"):
-        with tempfile.TemporaryDirectory(dir=out, prefix=".project-") as folder:
-            staged = Path(folder)
-            save_png(image_grid(torch.stack([target, found.image[i].cpu()]), cols=2), staged / f"{name}-side-by-side.png")
-            draw_convergence(facts, staged / f"{name}-convergence.png")
-            (staged / f"{name}-convergence.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
-            save_latents(staged / f"{name}-w.safetensors", latents)
-            save_latents(staged / f"{name}-w.npz", latents)
-            for file in sorted(staged.iterdir()):
-                os.replace(file, out / file.name)
+    pair = image_grid(torch.stack([target, found.image[i].cpu()]), cols=2)
+    with writable(out, REMEDY), tempfile.TemporaryDirectory(dir=out, prefix=".project-") as folder:
+        staged = Path(folder)
+        save_png(pair, staged / f"{name}-side-by-side.png")
+        draw_convergence(facts, staged / f"{name}-convergence.png")
+        (staged / f"{name}-convergence.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        save_latents(staged / f"{name}-w.safetensors", latents)
+        save_latents(staged / f"{name}-w.npz", latents)
+        for file in sorted(staged.iterdir()):
+            os.replace(file, out / file.name)
 
 
 @app.command()
@@ -139,7 +141,7 @@ def main(
 
       python tools/project.py ffhq.safetensors faces/*.png --space w+ --teacher vgg16 --steps 500
 
-      python tools/sample.py ffhq.safetensors --w projected/face-w.safetensors --directions smile.safetensors --edit smile=2
+      python tools/sample.py ffhq.safetensors --w projected/face-w.safetensors --directions d.safetensors --edit smile=2
     """
     with user_errors():
         names = names_of(images)
@@ -148,7 +150,7 @@ def main(
         c = read_label(label, generator, snapshot)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         judge = likeness(teacher, metadata["recipe"], snapshot).to(device)
-        check_writable(out)
+        check_writable(out, REMEDY)
         settings = Settings(space.value, steps, lr, seed, pixel)
         facts = {
             "snapshot": str(snapshot), "snapshot_sha256": sha256_of(snapshot), "likeness": judge.name,
@@ -157,7 +159,8 @@ def main(
         generator = generator.to(device)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                    TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[distance]}")]
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        console = Console(stderr=True, highlight=False)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("projecting", total=steps * -(-len(images) // batch), rate="", distance="")
             for start in range(0, len(images), batch):
 
@@ -171,7 +174,7 @@ def main(
                 for i, (path, name) in enumerate(zip(images[part], names[part], strict=True)):
                     write_image(out, name, targets[start + i], found, i, {"image": str(path), **facts})
                     first, last = found.distance[0, i], found.distance[-1, i]
-                    progress.console.print(f"{path}: distance {first:.4f} → {last:.4f}", markup=False, soft_wrap=True)
+                    console.print(f"{path}: distance {first:.4f} → {last:.4f}", markup=False, soft_wrap=True)
         typer.echo(f"{len(images)} images projected by {judge.name}: {out}")
 
 
