@@ -146,6 +146,22 @@ def test_schedules_are_the_papers():
     assert jitter == pytest.approx([0.05, 0.0125, 0.002, 0, 0], abs=1e-12)
 
 
+def test_w_is_shaken_as_scheduled_and_then_left_alone(made):
+    """With a rate of nearly nothing w stays at the mean, and what reaches the generator is that and ε."""
+    generator, _, pictures = made
+    seen = []
+    handle = generator.synthesis.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    project(generator, pictures, Pixels(), Settings(space="w+", steps=20, rate=1e-12))
+    handle.remove()
+    mean, spread = projection.w_statistics(generator, None, 0)
+    epsilon = torch.stack(seen)[:, 0] - mean
+    assert len(epsilon) == 21 and all(torch.equal(ws[0], ws[2]) for ws in seen)
+    rms = epsilon.square().mean((1, 2)).sqrt() / spread
+    expected = torch.tensor([0.05 * max(0, 1 - step / 15) ** 2 for step in range(20)])
+    torch.testing.assert_close(rms[:10], expected[:10], rtol=0.4, atol=0)  # of 48 draws: one sigma is 10 %
+    assert rms[:10].div(expected[:10]).mean() == pytest.approx(1, abs=0.1) and epsilon[15:].abs().max() < 1e-6
+
+
 def test_the_start_is_the_mean_of_ten_thousand_latents():
     generator = tiny(c_dim=3).double()
     generator.mapping.fc0.weight.mul_(30)  # the label counts
