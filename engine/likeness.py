@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.extractor import load_lpips
 from hsrgan.engine.metrics.perceptual import LPIPS, unit
@@ -32,7 +33,7 @@ LAYERS = 4  # of a network named without its layers: at the quarters of its dept
 
 
 class VGGLikeness(nn.Module):
-    """LPIPS of images [N, 1 or 3, H, W] in about [−1, 1], averaged down to SIDE."""
+    """LPIPS of images [N, C, H, W] in about [−1, 1], RGBA over mid-grey, averaged down to SIDE."""
 
     name = "lpips-vgg"
 
@@ -48,14 +49,14 @@ class VGGLikeness(nn.Module):
         if max(height, width) > SIDE:
             size = [round(side * SIDE / max(height, width)) for side in (height, width)]
             images = F.interpolate(images, size=size, mode="area")
-        return list(self.lpips.maps(images))
+        return list(self.lpips.maps(over_grey(images)))
 
     def between(self, a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
         return self.lpips.between(a, b)
 
 
 class TeacherLikeness(nn.Module):
-    """The distance in a teacher's layers; the teacher resizes images itself."""
+    """The distance in a teacher's layers; the teacher resizes images itself, and lays RGBA over mid-grey."""
 
     def __init__(self, teacher: Teacher, name: str) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.fp32 import exact_fp32
-from hsrgan.engine.model import Generator, Synthesis
+from hsrgan.engine.model import Generator
 
 SPACES = ("w", "w+")
 SAMPLES, CHUNK = 10_000, 1000  # latents behind μ_w and σ_w; mapped at a time
@@ -96,7 +96,7 @@ def project(
         mean, spread = w_statistics(generator, label, settings.seed)
         w = mean.expand(n, free, -1).clone().requires_grad_()
         noise = torch.randn(1, synthesis.noise_size, generator=draws).to(device).expand(n, -1).clone().requires_grad_()
-        sizes = noise_sizes(synthesis)
+        sizes = synthesis.noise_sizes
         adam = torch.optim.Adam([w, noise])
         with torch.no_grad():
             seen = likeness.maps(target)
@@ -155,12 +155,6 @@ def learning_rate(t: float, peak: float) -> float:
 def jitter_scale(t: float) -> float:
     """ε's standard deviation at t in [0, 1], in σ_w."""
     return JITTER * max(0.0, 1 - t / JITTER_END) ** 2
-
-
-def noise_sizes(synthesis: Synthesis) -> list[tuple[int, int]]:
-    """(height, width) of each map of the flat noise that `synthesis` takes, in order."""
-    layers = (layer for r in synthesis.resolutions for layer in getattr(synthesis, f"b{r}").layers)
-    return [tuple(layer.noise_const.shape) for layer in layers]
 
 
 def noise_regulariser(noise: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:

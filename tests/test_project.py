@@ -148,13 +148,15 @@ def test_without_a_teacher_vgg16_is_taken_once_it_is_imported(folder, tmp_path, 
     os.remove(tmp_path / "vgg16.pth")
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_take_the_models_channels_and_shape(folder, channels):
-    generator = Generator(z_dim=8, w_dim=8, img_resolution=16, img_channels=channels, channel_base=64, mapping_layers=1)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("size", [16, [16, 24]], ids=str)
+def test_images_take_the_models_channels_and_shape(folder, channels, size):
+    generator = Generator(8, 0, 8, size, channels, channel_base=64, mapping_layers=1)
     for name in ("digit.png", "flower.jpg"):
         image = project.read_image(folder / name, generator)
-        assert image.shape == (channels, 16, 16) and image.dtype == torch.float32
-        assert -1 <= image.min() < -0.5 and 0.2 < image.max() <= 1
+        assert image.shape == (channels, 16, 16 if size == 16 else 24) and image.dtype == torch.float32
+        assert -1 <= image[0].min() < -0.5 and 0.2 < image[0].max() <= 1
+        assert channels < 4 or (image[3] == 1).all()
 
 
 def test_mistakes_are_one_line(folder, tmp_path):

@@ -59,7 +59,7 @@ def test_a_picture_of_the_generators_own_is_recovered(made):
     # what is returned is what was judged last, and its noise is clean
     torch.testing.assert_close(generator.synthesis(found.w, noise=found.noise), found.image)
     torch.testing.assert_close(Pixels().between([found.image], [pictures]), found.distance[-1])
-    sizes = projection.noise_sizes(generator.synthesis)
+    sizes = generator.synthesis.noise_sizes
     torch.testing.assert_close(projection.noise_regulariser(found.noise, sizes), found.regulariser[-1])
     for n in found.noise.split([h * w for h, w in sizes], 1):
         torch.testing.assert_close(n.mean(1), torch.zeros(3), atol=1e-5, rtol=0)
@@ -176,6 +176,17 @@ def test_the_start_is_the_mean_of_ten_thousand_latents():
     assert (found["all"][0] - found["two"][0]).abs().max() > 0.01
 
 
+def test_rectangles_and_rgba_are_projected():
+    torch.manual_seed(0)
+    kwargs = TINY | {"img_resolution": [16, 24], "img_channels": 4}
+    generator = Generator(conv_clamp=None, **kwargs).eval().requires_grad_(False)
+    picture = generator.synthesis(generator.mapping(torch.randn(1, 8), None), noise_mode="const")
+    judge = TeacherLikeness(load_teacher(TEACHER, layers=LAYERS), TEACHER)
+    found = project(generator, picture, judge, Settings(steps=30, pixel=0.1))
+    assert found.image.shape == (1, 4, 16, 24) and found.noise.shape == (1, generator.synthesis.noise_size)
+    assert found.distance[-1] < found.distance[0] / 2 and found.pixel[-1] < found.pixel[0]
+
+
 @pytest.fixture(scope="module")
 def lpips() -> LPIPS:
     net = kaiming(LPIPS())
@@ -196,6 +207,8 @@ def test_vgg_likeness_is_lpips_with_a_gradient(lpips, monkeypatch):
     monkeypatch.setattr(likeness, "SIDE", 24)  # 48×32 is shown as 24×16
     small = torch.nn.functional.avg_pool2d(a.detach(), 2), torch.nn.functional.avg_pool2d(b, 2)
     torch.testing.assert_close(judge.between(judge.maps(a.detach()), judge.maps(b)), lpips.distance(*small))
+    rgba = torch.cat([b, torch.zeros(2, 1, 32, 48)], 1)  # half transparent over mid-grey: half as strong
+    torch.testing.assert_close(judge.between(judge.maps(rgba), judge.maps(b / 2)), torch.zeros(2), rtol=0, atol=1e-9)
     with pytest.raises(UserError, match="sees nothing in images of 8x16 pixels"):
         judge.maps(a[:, :, :8, :16])
 

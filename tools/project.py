@@ -43,7 +43,8 @@ class Space(str, enum.Enum):
 
 def read_image(path: Path, generator: Generator) -> Tensor:
     """[C, H, W] in [−1, 1], of the generator's shape and channels, as tools/pack.py --crop center makes samples."""
-    recipe = Recipe(generator.img_resolution, Crop.center, Filter.lanczos, generator.img_channels, Format.png, None)
+    channels, *size = generator.img_shape
+    recipe = Recipe(tuple(size), Crop.center, Filter.lanczos, channels, Format.png, None)
     try:
         sample, _ = recipe.apply(str(path), path.read_bytes())
     except OSError as error:
@@ -126,7 +127,8 @@ def main(
         typer.Option(help="What likeness is to: vgg16 (imported by tools/import_weights.py), a teacher's .safetensors, "
                           "or timm:MODEL[:FILE]. By default the recipe's teacher, or vgg16 where it has none."),
     ] = None,
-    pixel: Annotated[float, typer.Option(min=0, help="Weight of the mean square of pixels beside it.")] = 0.0,
+    pixel: Annotated[float, typer.Option(min=0, help="Weight of the mean square of pixels beside it; of use "
+                                          "for RGBA, which likeness sees over mid-grey alone.")] = 0.0,
     batch: Annotated[int, typer.Option(min=1, help="Images projected at a time.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder for the results; made if absent.")] = Path("projected"),
 ) -> None:
