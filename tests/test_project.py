@@ -41,7 +41,7 @@ def _snapshot(path: Path, *, c_dim: int = 0, recipe: dict | None = None, **chang
         if name.endswith("noise_strength"):
             value.data.fill_(0.05)
     text = quickstart.to_json() if recipe is None else json.dumps(recipe)
-    save_snapshot(path, generator, recipe_json=text, kimg=1, dataset={"class_names": []})
+    save_snapshot(path, generator, recipe_json=text, kimg=1, dataset={"class_names": [f"n{i}" for i in range(c_dim)]})
     return path
 
 
@@ -110,17 +110,21 @@ def test_as_a_script_in_w_plus_with_labels_by_another_teacher(folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "1 images projected" in result.stdout
     facts = json.loads((tmp_path / "projected/digit-convergence.json").read_text())
-    assert (facts["label"], facts["seed"], facts["space"], facts["weight_of_pixel"]) == (2, 5, "w+", 0.5)
+    assert (facts["label"], facts["seed"], facts["space"], facts["weight_of_pixel"]) == ("2", 5, "w+", 0.5)
     latents = load_latents(tmp_path / "projected/digit-w.safetensors")
     assert latents.space == "w+" and not torch.equal(latents.w[:, 0], latents.w[:, 1])
 
 
 def test_the_label_is_where_it_begins(folder):
-    generator, _ = load_snapshot(folder / "labelled.safetensors")
-    labels = [project.read_label(i, generator, folder) for i in (0, 2)]
-    assert [c.tolist() for c in labels] == [[1, 0, 0], [0, 0, 1]]
-    starts = [projection.w_statistics(generator, c, 0)[0] for c in (None, *labels)]
-    assert min((a - b).abs().max() for a, b in ((starts[0], starts[1]), (starts[1], starts[2]))) > 1e-3
+    generator, metadata = load_snapshot(folder / "labelled.safetensors")
+
+    def read(label, **changes):
+        return project.read_label(label, generator, folder, metadata["dataset"] | changes)
+
+    labels = [read("0"), read("n2"), read("0,n2", multi_label=True)]
+    assert [c.tolist() for c in labels] == [[1, 0, 0], [0, 0, 1], [1, 0, 1]]
+    starts = [projection.w_statistics(generator, c, 0)[0] for c in (read("all"), *labels)]
+    assert min((a - b).abs().max() for i, a in enumerate(starts) for b in starts[:i]) > 1e-3
 
 
 def test_a_teacher_named_without_layers_is_seen_at_quarters_of_its_depth(folder, tmp_path):
@@ -171,7 +175,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
     shutil.copy(digit, tmp_path / "digit.png")
     assert "would both be written as digit-w.safetensors" in _line(quickstart, digit, tmp_path / "digit.png", *out)
     assert "trained without labels" in _line(quickstart, digit, "--label", 1, *out)
-    assert "classes 0 to 2" in _line(folder / "labelled.safetensors", digit, "--label", 3, *out)
+    assert "classes 0 to 2 (n0, n1, n2), not '3'" in _line(folder / "labelled.safetensors", digit, "--label", 3, *out)
     assert "write vgg16, a teacher's" in _line(quickstart, digit, "--teacher", "resnet50", *out)
     assert "neither a timm model" in _line(quickstart, digit, "--teacher", "timm:resnet5000", *out)
     assert "does not exist" in _line(quickstart, digit, "--teacher", tmp_path / "t.safetensors", *out)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hsrgan.engine.aside import check_writable, writable
 from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.labels import multi_hot, parse_label
 from hsrgan.engine.latents import Latents, save_latents
 from hsrgan.engine.likeness import likeness
 from hsrgan.engine.model import Generator
@@ -55,15 +56,16 @@ def read_image(path: Path, generator: Generator) -> Tensor:
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1) / 127.5 - 1
 
 
-def read_label(label: int | None, generator: Generator, snapshot: Path) -> Tensor | None:
-    """c [c_dim] of `--label`, None without it."""
-    if label is None:
+def read_label(label: str, generator: Generator, snapshot: Path, dataset: dict) -> Tensor | None:
+    """c [c_dim] of `--label`; None for all, which alone a model without labels takes."""
+    if label == "all":
         return None
+    where = f"--label {label}: {snapshot}"
     if not generator.c_dim:
-        raise UserError(f"--label {label}: {snapshot} was trained without labels; leave --label out")
-    if label >= generator.c_dim:
-        raise UserError(f"--label {label}: {snapshot} has the classes 0 to {generator.c_dim - 1}; give one of them")
-    return torch.eye(generator.c_dim)[label]
+        raise UserError(f"{where} was trained without labels; leave --label out")
+    names, several = dataset.get("class_names", ()), dataset.get("multi_label", False)
+    chosen = parse_label(label, generator.c_dim, names, several=several, where=where)
+    return torch.from_numpy(multi_hot([chosen], generator.c_dim))[0]
 
 
 def names_of(images: list[Path]) -> list[str]:
@@ -84,9 +86,10 @@ def draw_convergence(facts: dict, path: Path) -> None:
     figure = Figure(figsize=(8, 6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, sharex=True)
-    for axes, key, of in zip(panels, ("distance", "regulariser"), (facts["likeness"], "noise maps"), strict=True):
+    titles = {"distance": f"distance by {Path(facts['likeness']).name}", "regulariser": "regulariser of the noise maps"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
         axes.semilogy(facts[key], linewidth=1.2)
-        axes.set_ylabel(f"{key} ({of})")
+        axes.set_title(title, loc="left", fontsize="medium")
         axes.grid(alpha=0.3)
     panels[1].set_xlabel("step")
     figure.savefig(path, format="png")
@@ -120,8 +123,10 @@ def main(
     lr: Annotated[float, typer.Option(min=1e-6, help="Adam's highest rate.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed, the same latent.")] = 0,
     label: Annotated[
-        int | None, typer.Option(min=0, help="A class to begin from; by default the mean of all.")
-    ] = None,
+        str,
+        typer.Option(help="The class to begin from, by number or name (several with commas for a multi-label model); "
+                          "all: the mean of all."),
+    ] = "all",
     teacher: Annotated[
         str | None,
         typer.Option(help="What likeness is to: vgg16 (imported by tools/import_weights.py), a teacher's .safetensors, "
@@ -149,7 +154,7 @@ def main(
         names = names_of(images)
         generator, metadata = load_snapshot(snapshot)
         targets = torch.stack([read_image(path, generator) for path in images])
-        c = read_label(label, generator, snapshot)
+        c = read_label(label, generator, snapshot, metadata["dataset"])
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         judge = likeness(teacher, metadata["recipe"], snapshot).to(device)
         check_writable(out, REMEDY)
