@@ -72,10 +72,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(run_dir: Path) -> None:
+def check_writable(folder: Path, remedy: str = "choose another with run_dir=…") -> None:
     """Make the folder and try it, before hours of work want to write there; UserError where it refuses."""
-    with writable(run_dir, "choose another with run_dir=…"):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
+    with writable(folder, remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
         probe.touch()
         probe.unlink()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,22 @@ class LPIPS(nn.Module):
                 raise ValueError(f"{name} is {list(images.shape)}: LPIPS takes [N, 3, H, W] or grey [N, 1, H, W]")
         if a.shape != b.shape:
             raise ValueError(f"a is {list(a.shape)} and b {list(b.shape)}: LPIPS compares image with image")
-        total = torch.zeros(len(a), device=a.device)
         with exact_fp32(a.device):
-            x, y = ((images - self.shift) / self.scale for images in (a, b))  # grey is repeated by broadcasting
-            for index, layer in enumerate(self.features):
-                x, y = layer(x), layer(y)
-                if index in _TAPS:
-                    head = getattr(self, f"lin{_TAPS.index(index)}")
-                    total += ((_unit(x) - _unit(y)).square() * head).sum(1).mean((1, 2))
+            return self.between(self.maps(a), self.maps(b))
+
+    def maps(self, images: Tensor) -> Iterator[Tensor]:
+        """What `between` compares, one map after another [N, C, h, w]. The gradient passes to images."""
+        x = (images - self.shift) / self.scale  # grey is repeated by broadcasting
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in _TAPS:
+                yield unit(x)
+
+    def between(self, a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
+        """The distance [N] of images with the maps a and b."""
+        total = 0.0
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            total = total + ((x - y).square() * getattr(self, f"lin{i}")).sum(1).mean((1, 2))
         return total
 
 
@@ -64,6 +72,6 @@ def published_heads() -> dict[str, Tensor]:
     return {_HEAD.format(i): torch.empty(1, width, 1, 1) for i, width in enumerate(WIDTHS)}
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Each place's channels scaled to length 1."""
-    return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+def unit(x: Tensor) -> Tensor:
+    """Each place's channels scaled to length 1. Where all are zero the gradient is finite, unlike a square root's."""
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
