@@ -125,16 +125,22 @@ class Training:
 
 class Phase:
     """name; network "G" or "D"; stream: which random numbers are its own; interval in steps; shrink: it works on the
-    first 1/shrink of the global batch.
+    first 1/shrink of the global batch. fp16_scale: by which the loss is multiplied, and its gradients divided again,
+    where activations are fp16; a power of two, which rounds nothing.
     """
 
     name: str
     network: str
     stream: int
     shrink = 1
+    # An activation's gradient falls with the number of pixels and of images: at 256² and 32 images a rank most are too
+    # small for fp16. 2⁸ gives the parameters their gradients back, and 2¹² still overflows nowhere there:
+    # pytest tests/test_precision.py -k scale -s
+    fp16_scale = 256.0
 
     def __init__(self, training: Training, interval: int = 1):
         self.training, self.interval = training, interval
+        self.scale = self.fp16_scale if training.recipe.precision == "fp16" else 1.0
 
     def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
         """The fields of the Round of the images at `positions` of the run, in a step that `images` were seen before:
@@ -163,7 +169,12 @@ class Phase:
             loss, told = self.loss(batch)
             loss = loss * (self.interval / t.recipe.accumulation)
             trained = [leaf for leaf in leaves if leaf.requires_grad]
-            found = iter(torch.autograd.grad(loss, trained, allow_unused=True))
+            if self.scale == 1:
+                found = torch.autograd.grad(loss, trained, allow_unused=True)
+            else:
+                scaled = torch.autograd.grad(loss * self.scale, trained, allow_unused=True)
+                found = [None if gradient is None else gradient / self.scale for gradient in scaled]
+        found = iter(found)
         gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
         means = {name: value.detach() for name, value in told.means.items()}
         return gradients, Told(means, None if told.each is None else told.each.detach().sum(0), loss.detach())
@@ -210,6 +221,7 @@ class GReg(Phase):
     """
 
     name, network, stream = "Greg", "G", 1
+    fp16_scale = 1.0  # its gradients are large enough: the same test
 
     def __init__(self, training: Training, interval: int):
         super().__init__(training, interval)
