@@ -24,10 +24,9 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ticks = [row for row in rows if "event" not in row]
-    kimg = np.array([row["kimg"] for row in ticks])
+    curves = curves_of(rows)
     panels: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for row in ticks for name in row if _is_curve(name)):
+    for name in curves:
         kind = name if name.startswith(METRIC) else name.split("/")[0]
         known = kind in PANELS or kind.startswith(METRIC)
         panels.setdefault(kind if known else "penalty", []).append(name)
@@ -37,18 +36,28 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 3 * len(panels)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, kind in zip(figure.subplots(len(panels), squeeze=False)[:, 0], sorted(panels), strict=True):
-        curves = {name: np.array([_number(row.get(name)) for row in ticks]) for name in panels[kind]}
-        for name, values in curves.items():
-            there = np.isfinite(values)  # a lazy term is absent from ticks in which it did not run
-            marker = "." if there.sum() < 40 else None
-            axes.plot(*thinned(kimg[there], values[there]), label=name, linewidth=1.2, marker=marker)
-        _fit_height(axes, np.concatenate(list(curves.values())))
+        for name in panels[kind]:
+            marker = "." if len(curves[name][0]) < 40 else None
+            axes.plot(*thinned(*curves[name]), label=name, linewidth=1.2, marker=marker)
+        _fit_height(axes, np.concatenate([curves[name][1] for name in panels[kind]]))
         axes.set_ylabel(PANELS.get(kind, kind.removeprefix(METRIC)))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.set_xlabel("thousands of real images shown (kimg)")
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
+
+
+def curves_of(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{name: (kimg, value)} of the ticks in which it was logged and finite: a lazy term is absent from some."""
+    ticks = [row for row in rows if "event" not in row]
+    kimg = np.array([row["kimg"] for row in ticks])
+    curves = {}
+    for name in dict.fromkeys(name for row in ticks for name in row if _is_curve(name)):
+        values = np.array([_number(row.get(name)) for row in ticks])
+        there = np.isfinite(values)
+        curves[name] = kimg[there], values[there]
+    return curves
 
 
 def _is_curve(name: str) -> bool:
@@ -72,7 +81,6 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _fit_height(axes, values: np.ndarray) -> None:
     """Leave single spikes out of the frame: they would flatten everything else into a line."""
-    values = values[np.isfinite(values)]
     if len(values) < 40:
         return
     low, high = np.percentile(values, [0.5, 99.5])
