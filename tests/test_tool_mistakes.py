@@ -125,7 +125,7 @@ def test_paths_that_the_system_refuses_do_not_exist(tmp_path):
     for path in (tmp_path / ("a" * 300 + ".safetensors"), tmp_path / "file" / "x.safetensors"):
         (tmp_path / "file").touch()
         for read in (load_snapshot, read_safetensors, load_directions, lambda path: read_weights("vgg16", path)):
-            with pytest.raises(UserError, match="no such file|does not exist"):
+            with pytest.raises(UserError, match=r"no such file|does not exist"):
                 read(path)
 
 

@@ -71,7 +71,9 @@ def sweep(
     batch: int,
 ) -> Grid:
     """A row for each class, each ψ or each strength of a range, whichever there are several of."""
-    strengths = [0.0] if edits.step is None else torch.linspace(edits.low, edits.high, STRENGTHS).tolist()
+    strengths = [0.0]
+    if edits.step is not None:  # + 0.0: the middle of -2:2 is no -0.00
+        strengths = [round(s, 6) + 0.0 for s in torch.linspace(edits.low, edits.high, STRENGTHS).tolist()]
     rows, ws = [], []
     for words, c in labels:
         start = columns.ws(generator, c, batch)
