@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.directions import Layers, load_directions
 from hsrgan.engine.model import Generator
 from hsrgan.engine.tensor_files import sha256_of
+
+MOST = 1000.0  # standard deviations, of an edit
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def read_edits(edits: Sequence[str], file: Path | None, generator: Generator, sn
             strengths = [float(part) for part in text.split(":")]
         except ValueError:
             strengths = []
-        if not name or not 1 <= len(strengths) <= 2 or not all(map(math.isfinite, strengths)):
+        if not name or not 1 <= len(strengths) <= 2 or not all(abs(s) <= MOST for s in strengths):
             raise UserError(f"--edit {edit}: write it like smile=2, or smile=-3:3 for a range, in standard deviations "
-                            "of w")
+                            f"of w, {MOST:g} at most")
         if len(strengths) == 1:
             fixed += directions.edit(name, strengths[0], generator.num_ws)
         elif swept:

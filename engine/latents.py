@@ -8,6 +8,7 @@ projected_w.npz does. Nothing is unpickled.
 
 from __future__ import annotations
 
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def _ws(w: Tensor) -> Tensor:
 
 
 def _npz(path: Path) -> Tensor:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"latents {path} does not exist: {REMEDY}")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -19,6 +19,7 @@ from hsrgan.engine.pictures import to_uint8
 
 MAX_SEED = 2**32 - 1  # of NumPy's RandomState
 BATCH = 16
+MOST_PSI = 100.0
 
 NoiseRows = Callable[[Sequence[int]], Tensor]  # numbers of pictures → their noise [n, noise_size]
 
@@ -43,6 +44,12 @@ def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
             raise UserError(f"{option} {text}: {part.strip()} must rise, and end at {MAX_SEED} or before")
         seeds.extend(range(low, high + 1))
     return seeds
+
+
+def check_psi(psi: float) -> None:
+    """Raise `UserError` for a --psi that is no number, or far outside of all that gives pictures."""
+    if not abs(psi) <= MOST_PSI:  # so that NaN fails
+        raise UserError(f"--psi {psi:g}: give a number from {-MOST_PSI:g} to {MOST_PSI:g}; 1 = none, 0 = the average")
 
 
 def place(generator: Generator) -> Generator:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def read_metadata(path: Path | str) -> dict:
     Raises `UserError` for a missing file, one that is not safetensors or is cut short, and one that is not a snapshot.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # which, unlike Path.is_file, never raises
         raise UserError(f"snapshot {path}: no such file; give a .safetensors file from a run's snapshots folder")
     with _whole(path), safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
@@ -96,8 +97,10 @@ def read_metadata(path: Path | str) -> dict:
     try:
         for key in ("generator", "recipe", "dataset", *({"score", "power"} & metadata.keys())):
             metadata[key] = json.loads(metadata[key])
+            if not isinstance(metadata[key], dict):
+                raise TypeError(f"{key} is a {type(metadata[key]).__name__}, not a dict")
         metadata["kimg"] = float(metadata["kimg"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _no_generator(path, error) from error
     return metadata
 

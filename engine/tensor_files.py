@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import mmap
+import os
 import re
 import warnings
 import zipfile
@@ -174,5 +175,5 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _must_exist(path: Path, what: str, remedy: str) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):  # which, unlike Path.is_file, never raises
         raise UserError(f"{what} {path} does not exist: {remedy}")

@@ -424,7 +424,7 @@ def test_mistakes_are_one_line(tiny, tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
     assert "exists: remove it" in line(run(tiny, "hf", "--out", tmp_path / "taken"))
     (tmp_path / "folder.onnx").mkdir()
-    assert "it is a folder; name another --out" in line(run(tiny, "onnx", "--out", tmp_path / "folder.onnx"))
+    assert "is a folder; name another file" in line(run(tiny, "onnx", "--out", tmp_path / "folder.onnx"))
     (tmp_path / "file").write_text("")
     assert "name another --out" in line(run(tiny, "onnx", "--out", tmp_path / "file" / "x.onnx"))
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
 import sys
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def tools(folder: Path = Path(__file__).parent) -> dict[str, str]:
 
 
 def _help() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a locale that knows ASCII alone
     console = Console(highlight=False, soft_wrap=True)
     console.print("Usage: hsrgan TOOL [ARGUMENTS]…\n\nhsrgan TOOL --help says more; "
                   "hsrgan TOOL is python tools/TOOL.py.\n", markup=False)  # fmt: skip

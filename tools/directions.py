@@ -43,7 +43,7 @@ from hsrgan.engine.metrics.report import Bars
 from hsrgan.engine.metrics.sequences import random_samples
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import save_png
-from hsrgan.engine.sampler import BATCH, parse_seeds, place, truncated, ws_of_seeds
+from hsrgan.engine.sampler import BATCH, MAX_SEED, check_psi, parse_seeds, place, truncated, ws_of_seeds
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
 from hsrgan.tools import options
@@ -54,7 +54,7 @@ Out = Annotated[Path, typer.Option(help="The directions file to write; .png and 
 Count = Annotated[int, typer.Option(min=1, help="How many directions, the strongest first.")]
 LayerRange = Annotated[str | None, typer.Option(help="The ws they move, such as 0-6; by default all.")]
 RandomW = Annotated[int, typer.Option(min=100, help="Random w: PCA's data, and the deviation along each direction.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the random w.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random w.")]
 Seeds = Annotated[str, typer.Option(help="The samples on the contact sheet.")]
 DEFAULT = Path("directions.safetensors")
 
@@ -139,7 +139,7 @@ def svm(
     samples: Annotated[
         int, typer.Option(min=round(FEWEST / SHARE), help="Random images; InterFaceGAN takes 500000.")
     ] = 20000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random images.")] = 0,
     allow_weak: Annotated[
         bool, typer.Option("--allow-weak", help="Also attributes that the classifier tells poorly.")
     ] = False,
@@ -156,6 +156,7 @@ def svm(
     """
     with user_errors(), Bars() as bars:
         _check_out(out)
+        check_psi(psi)
         shown = parse_seeds(seeds)
         generator, _ = load_snapshot(snapshot)
         classifier = load_attributes(attributes).restricted(name, allow_weak=allow_weak)
@@ -202,9 +203,10 @@ def rename(
 
 
 def _check_out(out: Path) -> None:
-    options.check_parent(out)
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the name must end in .safetensors; .png and .json are written beside it")
+    for suffix in (".safetensors", ".json", ".png"):
+        options.check_file(out.with_suffix(suffix))
 
 
 def _factorise(
@@ -214,9 +216,10 @@ def _factorise(
     """`sefa` and `pca`."""
     with user_errors(), Bars() as bars:
         _check_out(out)
+        check_psi(psi)
         shown = parse_seeds(seeds)
         generator, _ = load_snapshot(snapshot)
-        chosen = parse_layers(layers, generator.num_ws, "--layers") if layers else None
+        chosen = None if layers is None else parse_layers(layers, generator.num_ws, "--layers")
         factorised.check_count(count, samples, generator)
         generator = place(generator)
         w = factorised.random_w(generator, samples, seed, batch=1024, told=_Counter(bars, "random w", samples))

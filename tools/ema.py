@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, save_png
 from hsrgan.engine.power_ema import LONGEST, Fit, fit
-from hsrgan.engine.sampler import generate, parse_seeds, place
+from hsrgan.engine.sampler import check_psi, generate, parse_seeds, place
 from hsrgan.engine.snapshot import load_snapshot, read_metadata, read_tensors, save_snapshot
 
 WORST = 0.1  # residual above which a length is refused
@@ -78,6 +79,8 @@ def until(found: list[Stored], kimg: float | None) -> list[Stored]:
     """The averages up to `kimg`, at which there must be one; None: all."""
     if kimg is None:
         return found
+    if not math.isfinite(kimg):
+        raise UserError(f"--at {kimg:g}: give a number of kimg")
     moments = sorted({one.images for one in found})
     if round(kimg * 1000) not in moments:
         near = sorted(sorted(moments, key=lambda images: abs(images - kimg * 1000))[:3])
@@ -161,6 +164,11 @@ def main(
     """
     with user_errors():
         chosen = parse_seeds(seeds)
+        check_psi(psi)
+        if out.suffix != ".safetensors":
+            raise UserError(f"--out {out}: the name must end in .safetensors; a .png is written beside it")
+        if len(set(length)) < len(length):
+            raise UserError(f"--length {max(length, key=length.count):g} is given twice; name each once")
         used = until(stored_averages(run), at)
         fits = fit_lengths(used, length)
         with writable(out.parent, "name another --out"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,12 @@ import torch
 import typer
 
 from hsrgan.engine import exporting, publishing
-from hsrgan.engine.aside import folder_written_aside, writable, written_aside
+from hsrgan.engine.aside import check_writable, folder_written_aside, written_aside
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.exporting import BATCHES, BOUNDS, PARTS, Graph
 from hsrgan.engine.metrics.fp32 import exact_fp32
 from hsrgan.engine.metrics.report import Bars
-from hsrgan.engine.sampler import Noise
+from hsrgan.engine.sampler import Noise, check_psi
 from hsrgan.engine.snapshot import load_snapshot
 
 
@@ -71,14 +72,13 @@ def _target(out: Path | None, snapshot: Path, to: str, part: str) -> Path:
     middle = "" if part == "whole" else f"-{part}"
     out = out or snapshot.with_name(f"{snapshot.stem}{middle}{FORMS[to].suffix}")
     if to == "hf":
-        if out.exists():
+        if os.path.lexists(out):
             raise UserError(f"--out {out} exists: remove it, or name another folder")
     elif out.suffix != (suffix := Path(f"x{FORMS[to].suffix}").suffix):
         raise UserError(f"--out {out}: its name must end with {suffix}, by which other programs know such a file")
-    with writable(out, "name another --out"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
+    if os.path.isdir(out):
+        raise UserError(f"--out {out} is a folder; name another file")
+    check_writable(out.parent, "name another --out")
     return out
 
 
@@ -163,6 +163,8 @@ def main(
         exporting.need(form.packages, f"--to {name}")
         if name == "aoti":
             exporting.need_compiler(f"--to {name}")
+        if psi is not None:
+            check_psi(psi)
         out = _target(out, snapshot, name, which)
         if name in ("torch_export", "aoti") and torch.cuda.is_available():
             generator.cuda()  # the file runs where it was made

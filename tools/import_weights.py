@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +59,7 @@ def stylegan(
     with user_errors():
         if out.suffix != ".safetensors":
             raise UserError(f"{out}: the snapshot to write must end in .safetensors")
-        if out.resolve() == file.resolve():
+        if os.path.realpath(out) == os.path.realpath(file):
             raise UserError(f"{out} is the file to import: name another one to write")
         found = (read_rosinality if is_torch_file(file) else read_stylegan)(file, every=every)
         for line in write_imported(found, file, out):

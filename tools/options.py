@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 from torch import Tensor
 from typer.models import OptionInfo
 
+from hsrgan.engine.aside import check_writable
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.labels import multi_hot, parse_label
 from hsrgan.engine.latents import Latents, load_latents
@@ -58,7 +60,7 @@ class Start:
 def read_start(seeds: str | None, file: Path | None, label: str | None, generator: Generator, *, default: str) -> Start:
     """What `--seeds` (or `default`) or `--w` says. Raises `UserError`."""
     if file is None:
-        chosen = parse_seeds(seeds or default)
+        chosen = parse_seeds(default if seeds is None else seeds)
         return Start([f"seed{seed:04d}" for seed in chosen], chosen)
     for option, value in {"--seeds": seeds, "--label": label}.items():
         if value is not None:
@@ -99,7 +101,10 @@ def seeds_option(default: str) -> OptionInfo:
     return typer.Option(help="Seeds, such as 0-63,100. One seed is one latent, always the same.", show_default=default)
 
 
-def check_parent(out: Path) -> None:
-    """A UserError where `out` could not be written, before hours of work."""
-    if not out.parent.is_dir():
+def check_file(out: Path) -> None:
+    """A UserError where no file `out` could be written, before hours of work."""
+    if not os.path.isdir(out.parent):
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
+    if os.path.isdir(out):
+        raise UserError(f"--out {out}: {out} is a folder; name another file")
+    check_writable(out.parent, "name another --out")

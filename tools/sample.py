@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import Tensor
 
-from hsrgan.engine.aside import writable
+from hsrgan.engine.aside import check_writable
 from hsrgan.engine.edits import Edits, parse_layers, read_edits
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.latents import Latents, save_latents
@@ -20,6 +20,7 @@ from hsrgan.engine.pictures import image_grid, save_png
 from hsrgan.engine.sampler import (
     BATCH,
     Noise,
+    check_psi,
     images_of,
     layer_noise,
     parse_seeds,
@@ -52,9 +53,12 @@ class Grid:
 
 def parse_psis(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        psis = [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--psi {text}: give a number, or several with commas between: a row for each") from None
+    for psi in psis:
+        check_psi(psi)
+    return psis
 
 
 def sweep(
@@ -67,14 +71,17 @@ def sweep(
     batch: int,
 ) -> Grid:
     """A row for each class, each ψ or each strength of a range, whichever there are several of."""
-    strengths = [0.0] if edits.step is None else torch.linspace(edits.low, edits.high, STRENGTHS).tolist()
+    strengths = [0.0]
+    if edits.step is not None:  # + 0.0: the middle of -2:2 is no -0.00
+        strengths = [round(s, 6) + 0.0 for s in torch.linspace(edits.low, edits.high, STRENGTHS).tolist()]
     rows, ws = [], []
     for words, c in labels:
         start = columns.ws(generator, c, batch)
         for psi in psis:
             base = truncated(generator, start, psi, cutoff)
             for strength in strengths:
-                edit = f"{edits.name}{strength:+.2f}" if edits.step is not None else ""
+                file_name = edits.name.replace("/", "_")
+                edit = f"{file_name}{strength:+.2f}" if edits.step is not None else ""
                 rows.append("-".join(filter(None, [words, f"psi{psi:g}" if len(psis) > 1 else "", edit])))
                 ws.append(base + edits.at(strength))
     names = ["-".join(filter(None, [name, row])) for row in rows for name in columns.names]
@@ -171,30 +178,30 @@ def main(
         options.check_cutoff(cutoff, generator, snapshot)
         labels = options.read_label(label, generator, snapshot, metadata["dataset"])
         edits = read_edits(edit or [], directions, generator, snapshot)
-        if mix_layers and not mix:
+        if mix_layers is not None and mix is None:
             raise UserError(f"--mix-layers {mix_layers} needs --mix: the seeds of the rows")
         _one_kind_of_rows({
             "several --psi": len(psis) > 1, "--label all": len(labels) > 1, "--mix": mix is not None,
             f"--edit {edits.name}={edits.low:g}:{edits.high:g}": edits.step is not None,
         })  # fmt: skip
-        layers = parse_layers(mix_layers or f"0-{generator.num_ws // 2 - 1}", generator.num_ws, "--mix-layers")
-        rows = parse_seeds(mix, "--mix") if mix else []
+        coarse = f"0-{generator.num_ws // 2 - 1}"
+        layers = parse_layers(coarse if mix_layers is None else mix_layers, generator.num_ws, "--mix-layers")
+        rows = [] if mix is None else parse_seeds(mix, "--mix")
 
         generator = place(generator)
-        if mix:
+        if rows:
             plan = mixing(columns, rows, layers, generator, labels[0][1], psis[0], cutoff, edits.fixed, batch)
         else:
             plan = sweep(columns, generator, labels, psis, cutoff, edits, batch)
         stored = columns.file.noise if columns.file and noise is Noise.const else None
-        if stored is not None and mix:
+        if stored is not None and rows:
             stored = None
             typer.echo(f"the noise in {w} is left out: a mixed picture has two sources")
         if save_w:
             kept = None if stored is None else stored[plan.origins]
             space = "w" if torch.equal(plan.ws, plan.ws[:, :1].expand_as(plan.ws)) else "w+"
             save_latents(save_w, Latents(plan.ws, kept, sha256_of(snapshot), space))
-        with writable(out, "name another --out"):
-            out.mkdir(parents=True, exist_ok=True)
+        check_writable(out, "name another --out")
         rows_of_noise = None
         if stored is not None:
             rows_of_noise = lambda at: stored[[plan.origins[i] for i in at]]  # noqa: E731

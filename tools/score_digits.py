@@ -37,7 +37,7 @@ from torch import Tensor
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.pictures import save_png, to_uint8
-from hsrgan.engine.sampler import MAX_SEED, generate, place
+from hsrgan.engine.sampler import MAX_SEED, check_psi, generate, place
 from hsrgan.engine.sizes import in_words
 from hsrgan.engine.snapshot import load_snapshot
 
@@ -183,6 +183,7 @@ def main(
         if height != width or height % SIDE or channels == 4:
             made = f"{in_words((height, width))} images of {channels} channel(s)"
             raise UserError(f"{snapshot} makes {made}; digits need a multiple of {SIDE}x{SIDE}, grey or RGB")
+        check_psi(psi)
         images = generate(place(generator), range(seed, seed + samples), psi=psi, batch=64)
         score, real = digit_score(images), real_score()
         with written_aside(json_file) as aside:

@@ -18,7 +18,7 @@ from hsrgan.engine.latent_paths import KeyFrames, swing
 from hsrgan.engine.metrics.report import Bars
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid
-from hsrgan.engine.sampler import BATCH, Noise, NoiseRows, images_of, layer_noise, place, truncated
+from hsrgan.engine.sampler import BATCH, Noise, NoiseRows, check_psi, images_of, layer_noise, place, truncated
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.video_file import load_av, mp4
 from hsrgan.tools import options
@@ -75,7 +75,7 @@ def main(
         str, typer.Option(help="Videos in one, columns x rows; the key frames are dealt out, the first ones to the "
                           "first.")
     ] = "1x1",
-    seconds_per_key: Annotated[float, typer.Option(min=0.01, help="From one key frame to the next.")] = 2.0,
+    seconds_per_key: Annotated[float, typer.Option(min=0.01, max=3600, help="From one key frame to the next.")] = 2.0,
     fps: Annotated[int, typer.Option(min=1, max=240, help="Frames a second.")] = 30,
     loop: Annotated[bool, typer.Option(help="End where it began.")] = True,
     psi: options.Psi = 1.0,
@@ -108,8 +108,9 @@ def main(
         load_av()
         if out.suffix != ".mp4":
             raise UserError(f"--out {out}: the video is an mp4; let its name end in .mp4")
-        options.check_parent(out)
+        options.check_file(out)
         columns, rows = parse_grid(grid)
+        check_psi(psi)
         generator, metadata = load_snapshot(snapshot)
         start = options.read_start(seeds, w, label, generator, default="0-7")
         options.check_cutoff(cutoff, generator, snapshot)

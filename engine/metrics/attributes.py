@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from hsrgan.engine.alpha import over_grey
@@ -152,7 +152,7 @@ def save_attributes(
     metadata |= {key: json.dumps(value) for key, value in facts.items()}
     tensors = {key: value.detach().cpu().contiguous() for key, value in classifier.net.state_dict().items()}
     with written_aside(path) as aside:
-        save_file(tensors, aside, metadata)
+        aside.write_bytes(save(tensors, metadata))  # save_file has errors of its own
 
 
 def load_attributes(path: Path | str) -> AttributeClassifier:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from hsrgan.engine.aside import written_aside
@@ -136,7 +136,7 @@ def save_directions(path: Path, directions: Directions, *, command: str) -> None
     metadata |= {key: json.dumps(value) for key, value in facts.items()}
     tensors = {name: vector.clone() for name, vector in zip(directions.names, directions.vectors, strict=True)}
     with written_aside(path) as aside:
-        save_file(tensors, aside, metadata)
+        aside.write_bytes(save(tensors, metadata))  # save_file has errors of its own
 
 
 def load_directions(path: Path | str) -> Directions:

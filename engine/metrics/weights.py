@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from hsrgan.engine.aside import writable, written_aside
@@ -120,7 +120,7 @@ def import_weights(name: str, file: Path, *, cache: Path | None = None, own: boo
     with writable(path, "name another folder with HSRGAN_CACHE or --cache"):
         path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
-        save_file(weights.tensors, aside, metadata)
+        aside.write_bytes(save(weights.tensors, metadata))  # save_file has errors of its own
     return path, weights
 
 
@@ -131,7 +131,7 @@ def read_weights(name: str, file: Path, *, own: bool = False) -> Weights:
     execute something; tensors that are not the network's; values that are no numbers.
     """
     known = PUBLISHED[name]
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"{file} does not exist: get {known.file} from {known.publisher}")
     remedy = f"get {known.file} again from {known.publisher}, or give --own-weights for a network of your own"
     size = file.stat().st_size
