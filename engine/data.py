@@ -16,6 +16,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -270,6 +271,10 @@ def _start_worker(_number: int) -> None:
     # workers. One that hangs is not to hold it up for ever. A main process that is on its way out means it.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if _leaving[0] else signal.alarm(60))
+    # Batches reach the main process through a socket that a thread here serves: one that breaks off has been told why.
+    sys.excepthook = lambda kind, error, trace: (
+        None if issubclass(kind, ConnectionError) else sys.__excepthook__(kind, error, trace)
+    )
     # What the fork inherited is never collected here: finalisers of the main process (of another stream, say) must
     # not run in a worker, and untouched pages stay shared.
     gc.freeze()

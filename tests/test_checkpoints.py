@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_costs_the_work_since_the_one_before(workspace, str
         assert f"resuming at {0.048 if ranks == 1 else 0.064:g} kimg" in said
         assert_bitwise(run, straight)
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [row["event"] for row in events if "event" in row] == ["fallback", "resume", "resume"]
+    assert [row["event"] for row in events if "event" in row] == ["rows", "fallback", "resume", "resume"]
     flip(run / "checkpoints" / "000000064" / "D.safetensors")
     flip(run / "checkpoints" / "000000048" / "D.safetensors")
     for one in (runs := forked.start(workspace, "run_dir=damaged", ranks=2)):
