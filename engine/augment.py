@@ -57,8 +57,8 @@ class Augmentation:
     """A run's. p [], on the device: the probability of each of ADA's transforms.
 
     ADA's rule: every `interval` steps, p moves by batch·interval / (1000·kimg), up where the mean sign of D's real
-    logits since the last move is above the target, else down. The signs' sum is a whole number: the same for any split
-    of the batch.
+    logits since the last move is above the target, else down. Of a loss that compares a real with a fake, the sign is
+    that of the difference. The signs' sum is a whole number: the same for any split of the batch.
     """
 
     def __init__(self, recipe: Recipe, draws: Draws, world: World, device: torch.device) -> None:
