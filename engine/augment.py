@@ -20,7 +20,7 @@ from hsrgan.engine.distributed import World, sum_over_ranks
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.sections import GROUPS, PIPES
 
-REALS_STREAM = 5  # the draws of Dmain's reals; 0–3 are the phases' own (Dmain's fakes, Dreg's reals), 4 the grid's
+REALS_STREAM = 5  # the draws of Dmain's reals; 0–3, 6 and 7 are the phases' (phases.py), 4 the grid's
 
 
 class Pipe:

@@ -240,7 +240,7 @@ class GMain(Main):
 
     @property
     def augmented(self) -> tuple[int, ...]:
-        return (0, 7) if self.paired else (0,)
+        return (0, 7) if self.paired else (0,)  # 7: of the reals, as no other phase sees them
 
     def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
         found, hsr = super().inputs(images, positions, reals, real_c), self.training.recipe.hsr
