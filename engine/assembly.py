@@ -130,16 +130,20 @@ def networks(recipe: Recipe, manifest: Manifest, world: distributed.World):
 
 
 def first_values(
-    recipe: Recipe, world: distributed.World, manifest: Manifest, g_module, discriminator, g_ema, frozen: Frozen
+    recipe: Recipe, world: distributed.World, manifest: Manifest | None, g_module, discriminator, g_ema, frozen: Frozen,
+    keep: bool = True,
 ) -> None:
-    """At a run's first start: into the networks what `init_from` brings; rank 0 says and writes down what that was."""
+    """At a run's first start: into the networks what `init_from` brings; rank 0 says and, to keep, writes down what
+    that was. manifest: may be None without labels.
+    """
     report = None
     if recipe.init_from:
         classes = manifest.class_names if recipe.data.labels else ()
         report = start_from(recipe.init_from, g_module, discriminator, g_ema, classes)
     check_known(frozen, report and {network: report.new(network) for network in frozen})
     if report and world.first:
-        report.write(recipe.run_dir)
+        if keep:
+            report.write(recipe.run_dir)
         Console().print(report.table())
 
 

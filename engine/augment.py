@@ -20,7 +20,7 @@ from hsrgan.engine.distributed import World, sum_over_ranks
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.sections import GROUPS, PIPES
 
-REALS_STREAM = 5  # the draws of Dmain's reals; 0–3 are the phases' own (Dmain's fakes, Dreg's reals), 4 the grid's
+REALS_STREAM = 5  # the draws of Dmain's reals; 0–3, 6 and 7 are the phases' (phases.py), 4 the grid's
 
 
 class Pipe:
@@ -57,8 +57,8 @@ class Augmentation:
     """A run's. p [], on the device: the probability of each of ADA's transforms.
 
     ADA's rule: every `interval` steps, p moves by batch·interval / (1000·kimg), up where the mean sign of D's real
-    logits since the last move is above the target, else down. The signs' sum is a whole number: the same for any split
-    of the batch.
+    logits since the last move is above the target, else down. Of a loss that compares a real with a fake, the sign is
+    that of the difference. The signs' sum is a whole number: the same for any split of the batch.
     """
 
     def __init__(self, recipe: Recipe, draws: Draws, world: World, device: torch.device) -> None:

@@ -135,6 +135,9 @@ def _hsr_inconsistencies(hsr: Hsr, blocks: list[int], kimg: float) -> Iterator[t
     if hsr.weights_per_res is not None and hsr.weights_per_res.keys() != hsr.layers.keys():
         have, need = (", ".join(map(str, sorted(d))) or "none" for d in (hsr.weights_per_res, hsr.layers))
         yield ("hsr", "weights_per_res"), f"hsr.weights_per_res names {have}, allowed: all of hsr.layers, {need}"
+    elif hsr.weights_per_res and not any(hsr.weights_per_res.values()):
+        text = "hsr.weights_per_res is 0 everywhere, allowed: one above 0; without HSR set hsr: null"
+        yield ("hsr", "weights_per_res"), text
     if hsr.start_kimg >= kimg:
         yield ("hsr", "start_kimg"), f"hsr.start_kimg is {hsr.start_kimg:g}, allowed: below kimg = {kimg:g}"
 

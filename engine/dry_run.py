@@ -1,7 +1,7 @@
 """What a recipe would do, told without doing it: `dry_run: true` in a recipe, or dry_run=true on the command line.
 
-Networks, data and engines are the run's own, and some real steps are taken and timed; but run_dir is not touched, and
-what was trained is thrown away.
+Networks, data and engines are the run's own, init_from is read and what the run would refuse is refused, and some real
+steps are taken and timed; but run_dir is not touched, and what was trained is thrown away.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
-from hsrgan.engine.config import Recipe
+from hsrgan.engine.config import Recipe, check_same_networks
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.freezing import frozen_parameters
@@ -271,6 +271,10 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
         average = copy.deepcopy(generator).requires_grad_(False).eval()
         g_module = GeneratorWithHeads(generator, heads)
         frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
+        if resumed := checkpoint.resume_point(recipe.run_dir, world):
+            check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
+        else:
+            assembly.first_values(recipe, world, manifest, g_module, discriminator, average, frozen, keep=False)
         t = assembly.training(recipe, world, manifest, g_module, discriminator, teachers, frozen)
         figures |= probe(t, manifest, average, clock, console)
     if "peak" in figures:

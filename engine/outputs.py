@@ -22,7 +22,7 @@ from hsrgan.engine.snapshot import save_snapshot
 
 PICTURES = 64  # images in a grid
 MOST_ROWS, COLUMNS = 16, 8  # of a grid with a row for each class
-GRID_STREAM = 4  # the draws of the grid's latents; 0–3 are the phases'
+GRID_STREAM = 4  # the draws of the grid's latents; 0–3 and 5–7 are the phases'
 
 
 @dataclass

@@ -12,7 +12,8 @@ two rules of how equalised layers compute, act(x·(w/√in)ᵀ + b) (arXiv 1710.
 
 In G both are exact for the layers widened; D's minibatch std averages over new channels too. What has pixels (the
 learned constant, the constant noise, a convolution's kernel, D's first fully connected layer) is new where their number
-differs.
+differs. D's heads on a teacher are carried only if all of them fit, since a part of a random projection is another one
+and a spectral norm holds for its own weight alone; but for what they know of labels.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+HEADS = ("projected.", "vision_aided.")  # D's on teachers
 DEMODULATED = re.compile(r"synthesis\.b\d+\.conv[01]\.weight")
 Run = tuple[int, int, int]  # first index here, first index there, how many
 
@@ -64,8 +66,10 @@ class Pair:
             return Carried(old, old.numel())
         if key.startswith("b4.out.") and self._labelled(self.here) != self._labelled(self.there):
             return Carried(None, why="with labels D's last layer is another one than without")
-        if key == "mapping.embed.weight":
-            return self._embedding(new, old)
+        if key.startswith(HEADS) and not self._same_heads(key.split(".")[0]):
+            return Carried(None, why="heads of another shape")
+        if key.endswith("embed.weight"):
+            return self._embedding(key, new, old)
         if new.ndim != old.ndim:
             return Carried(None, why="another number of dimensions")
         if key.endswith("noise_const") or key.startswith("heads."):
@@ -112,7 +116,16 @@ class Pair:
             return [(0, 0, min(m, n))] if pixels[0] == pixels[1] else None
         return [(0, 0, min(m, n))]
 
-    def _embedding(self, new: Tensor, old: Tensor) -> Carried:
+    def _same_heads(self, name: str) -> bool:
+        """Whether D's heads `name` are of the same shapes here and there, but for the number of labels."""
+        here, there = (
+            {key: value.shape for key, value in side.items()
+             if key.startswith(f"{name}.") and not key.endswith("embed.weight")}
+            for side in (self.here, self.there)
+        )  # fmt: skip
+        return here == there
+
+    def _embedding(self, key: str, new: Tensor, old: Tensor) -> Carried:
         """A column for each class. By name where both sides name them, else by position if there are as many; a class
         keeps its embedding, w/√classes + b.
         """
@@ -122,7 +135,7 @@ class Pair:
         if not (ours and theirs) or ours == theirs:
             if m != n:
                 return Carried(None, why=f"{m} classes, {n} there, which no names match")
-            return self._slice("mapping.embed.weight", new, old)
+            return self._slice(key, new, old)
         shared = [name for name in ours if name in theirs]
         if not shared:
             return Carried(None, why="no class there has the name of one here")

@@ -254,7 +254,7 @@ class GMain(Main):
 
     @property
     def augmented(self) -> tuple[int, ...]:
-        return (0, 7) if self.paired else (0,)
+        return (0, 7) if self.paired else (0,)  # 7: of the reals, as no other phase sees them
 
     def inputs(self, images: int, positions: Sequence[int], reals: Tensor, real_c: Tensor) -> dict[str, Tensor]:
         found, hsr = super().inputs(images, positions, reals, real_c), self.training.recipe.hsr
@@ -327,7 +327,8 @@ class DMain(Main):
             ws = t.styles(batch)
             fakes = t.generator.synthesis(ws, noise=batch.noise)
         loss, means = discriminator_loss(t.critics, *self.shown(fakes, batch))
-        means |= t.signs(means["score/real"])
+        # a loss of differences leaves D's level open: there a real's sign is that of how far it is above its fake
+        means |= t.signs(means["score/real"] - means["score/fake_d"] if self.paired else means["score/real"])
         return loss, Told(means, each=ws[:, 0])
 
     def finish(self, mean: Tensor | None, skip: Tensor) -> None:
@@ -356,7 +357,8 @@ class DReg(Phase):
         reals = batch.reals.detach().requires_grad_(True)
         logits = t.discriminator(t.augmented(reals, batch), batch.real_c)
         penalty = losses.r1_penalty(logits, reals, t.recipe.r1.gamma)
-        return penalty, Told({"loss/r1": penalty} | t.signs(logits))
+        paired = losses.ADVERSARIAL[t.recipe.objective.loss].paired  # with fakes, of which there are none here
+        return penalty, Told({"loss/r1": penalty} | ({} if paired else t.signs(logits)))
 
 
 class DR2(Phase):

@@ -222,6 +222,23 @@ def test_p_follows_the_mean_over_main_and_lazy_reals():
         assert t.augment.p.item() == pytest.approx(expected)
 
 
+def test_p_follows_how_far_reals_are_above_fakes_where_the_loss_compares_them():
+    """What a relativistic D gives to everything alike is left open by its loss: p must not follow it."""
+    t = training({**MODES["ada"], "interval": 1}, 0, objective={"loss": "relativistic"})
+    signs = []
+    for level in (0.0, 100.0, -100.0):
+        with torch.no_grad():
+            t.d.module.b4.out.bias.fill_(level)
+        phases = {phase.name: phase for phase in build_phases(t)}
+        (batch,) = rounds(phases["Dmain"], t, 0, *batch_of(0, 0))
+        told = phases["Dmain"].loss(batch)[1].means
+        assert torch.equal(told["augment/sign"], (told["score/real"] - told["score/fake_d"]).sign())
+        signs.append(told["augment/sign"].flatten().tolist())
+        (batch,) = rounds(phases["Dreg"], t, 0, *batch_of(0, 0))
+        assert "augment/sign" not in phases["Dreg"].loss(batch)[1].means  # no fake to compare with
+    assert signs[0] == signs[1] == signs[2]
+
+
 def test_a_step_that_is_not_finite_does_not_move_p():
     t = training({**MODES["ada"], "interval": 1, "p": 0.5}, 0)
     confident(t, 3.0)

@@ -417,6 +417,11 @@ MISTAKES = {
         (), ["hsr.weights_per_res={8: 1}"], 1,
         "override hsr.weights_per_res={8: 1}: hsr.weights_per_res names 8, allowed: all of hsr.layers, 8, 16",
     ),
+    "weights of nothing": (
+        (), ["hsr.weights_per_res={8: 0, 16: 0}"], 1,
+        "override hsr.weights_per_res={8: 0, 16: 0}: hsr.weights_per_res is 0 everywhere, allowed: one above 0; "
+        "without HSR set hsr: null",
+    ),
     "weights beside a teacher file": (
         (), ["hsr.weights=x.safetensors"], 1,
         "override hsr.weights=x.safetensors: hsr.weights goes with a timm name, "

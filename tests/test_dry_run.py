@@ -82,6 +82,34 @@ def test_data_that_is_not_there_is_noise_or_one_line(workspace):
     assert not (workspace / "absent").exists()
 
 
+@pytest.mark.parametrize(
+    ("run", "overrides", "says"),
+    [
+        ("new", ["freeze.mapping=true"], "since the recipe has no init_from"),
+        ("new", ["init_from=nowhere.safetensors"], "nowhere.safetensors"),
+        ("run", ["generator.z_dim=4"], "was made with generator.z_dim = 8"),
+    ],
+    ids=["freeze of nothing trained", "init_from that is not there", "a checkpoint of other networks"],
+)
+def test_what_the_run_would_refuse_is_refused(workspace, run, overrides, says):
+    if not (workspace / "run").exists():
+        forked.train(workspace, "kimg=0.008")
+    (process,) = forked.start(workspace, f"run_dir={run}", "dry_run=true", *overrides)
+    assert process.ends() == 2 and says in process.said and "Traceback" not in process.said
+    assert len([line for line in process.said.splitlines() if line.startswith("error: ")]) == 1
+    assert not (workspace / "new").exists()
+
+
+def test_what_init_from_brings_is_told(workspace):
+    if not (workspace / "run").exists():
+        forked.train(workspace, "kimg=0.008")
+    checkpoint = sorted((workspace / "run" / "checkpoints").glob("0*"))[-1]
+    options = (f"init_from={checkpoint}", "freeze.mapping=true", "run_dir=new", "dry_run=true")
+    said = forked.train(workspace, *options, plant=plant_clock)
+    assert "loaded" in said and "G, G_ema" in said and figures(said)["steps"] == 8
+    assert not (workspace / "new").exists()
+
+
 def test_parameters_of_paper256():
     """The counts that StyleGAN2-ADA prints for --cfg=paper256, on the meta device: nothing is allocated."""
     shape = {"c_dim": 0, "img_resolution": 256, "img_channels": 3, "channel_base": 16384}

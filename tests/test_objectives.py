@@ -15,7 +15,7 @@ from hsrgan.engine.assembly import critic_heads, load_teachers
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.losses import ADVERSARIAL
 from hsrgan.engine.objectives import Critic, discriminator_loss, generator_loss
-from hsrgan.engine.phases import build_phases, rounds
+from hsrgan.engine.phases import build_phases, rounds, run_phase
 from hsrgan.engine.teacher import Teacher, load_teacher
 from hsrgan.tools.plain_training import plain_training, run_step
 
@@ -206,6 +206,15 @@ def test_pairs_share_the_reals_label(phase):
         assert (batch.reals is None) == (phase == "Gmain" and loss != "relativistic")
         same = batch.real_c is not None and torch.equal(batch.c, batch.real_c)
         assert same == (loss == "relativistic") and batch.c.sum() == 8
+
+
+@pytest.mark.parametrize("decay", [0.25, 1.0])
+def test_the_recipes_decay_moves_the_mean_path_length(decay):
+    t, phases = training(path_length={"interval": 1, "decay": decay})
+    t.pl_mean.fill_(2.0)
+    run_phase(phases["Greg"], t, 0, torch.zeros(8, 1, 16, 16), torch.zeros(8, 3))
+    mean = t.meter.collect()["path_length"]
+    assert mean < 1.5 and t.pl_mean.item() == pytest.approx(2.0 + decay * (mean - 2.0), rel=1e-5)
 
 
 def test_any_split_gives_the_same_networks():

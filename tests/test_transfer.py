@@ -16,6 +16,7 @@ from hsrgan.engine.errors import UserError
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.phases import GeneratorWithHeads
+from hsrgan.engine.projected import ProjectedHeads, VisionAidedHeads
 from hsrgan.engine.snapshot import save_snapshot
 
 WIDTHS = {"channel_base": 64, "channel_max": 8}
@@ -269,6 +270,54 @@ def test_alpha_is_new_and_colours_stay(tmp_path):
     assert same_function(images(there["G_ema"]), images(here["G_ema"])[:, :3])
     img = torch.randn(1, 4, 16, 16)
     assert same_function(logits(there["D"], img[:, :3]), logits(here["D"], img))
+
+
+def with_critics(nets, c_dim=0, width=4, layers=(1, 3)):
+    """nets, D with heads on a teacher."""
+    channels, grids = dict.fromkeys(layers, 6), dict.fromkeys(layers, (4, 4))
+    nets["D"].add_module("projected", ProjectedHeads(channels, grids, c_dim, width))
+    nets["D"].add_module("vision_aided", VisionAidedHeads(channels, c_dim, width))
+    return nets
+
+
+def judged(discriminator, c=None):
+    """The logits of D's heads for the same maps."""
+    torch.manual_seed(3)
+    maps = {layer: torch.randn(2, 6, 4, 4) for layer in discriminator.projected.layers}
+    c = torch.zeros(2, 0) if c is None else c
+    with torch.no_grad():
+        return torch.cat([logits for heads in ("projected", "vision_aided")
+                          for logits in getattr(discriminator, heads)(maps, c)], 1)  # fmt: skip
+
+
+def fates_of_critics(report):
+    return Counter(f.what for f in report.fates if f.network == "D" and f.tensor.startswith(("projected", "vision_")))
+
+
+@pytest.mark.parametrize("change", [{"width": 8}, {"c_dim": 3}, {"layers": (0, 1, 3)}], ids=str)
+def test_heads_of_d_that_do_not_all_fit_are_as_initialised(tmp_path, change):
+    """A part of a random projection, or a spectral norm's vectors beside another weight, would be worse than none."""
+    there = with_critics(networks(0))
+    here = with_critics(networks(1, c_dim=change.get("c_dim", 0)), **change)
+    c = torch.eye(3)[:2] if "c_dim" in change else None
+    initial = judged(here["D"], c)
+    report = start(saved(tmp_path / "1", there), here, CLASSES if "c_dim" in change else ())
+    assert torch.equal(judged(here["D"], c), initial) and fates_of_critics(report)["new"] >= 20
+    assert not {"loaded", "partly"} & fates_of_critics(report).keys()
+
+
+def test_heads_of_d_come_and_go_and_find_their_labels_by_name(tmp_path):
+    there = with_critics(networks(0, c_dim=3), c_dim=3)
+    here = with_critics(networks(1, c_dim=4), c_dim=4)
+    start(saved(tmp_path / "1", there, CLASSES), here, ("dog", *reversed(CLASSES)))
+    assert same_function(judged(there["D"], torch.eye(3)[[0, 2]]), judged(here["D"], torch.eye(4)[[3, 1]]))
+    bare, source = networks(2, c_dim=3), state(there["D"])
+    assert fates_of_critics(start(str(tmp_path / "1"), bare, CLASSES)).keys() == {"dropped"}
+    assert torch.equal(bare["D"].b16.conv0.weight, source["b16.conv0.weight"])
+    back = with_critics(networks(3, c_dim=3), c_dim=3)
+    initial = judged(back["D"], torch.eye(3)[:2])
+    assert fates_of_critics(start(saved(tmp_path / "2", bare, CLASSES), back, CLASSES)).keys() == {"new"}
+    assert torch.equal(judged(back["D"], torch.eye(3)[:2]), initial)
 
 
 def test_a_latent_of_another_size_keeps_its_part_apart_from_the_labels(tmp_path):
