@@ -58,12 +58,6 @@ def inconsistencies(recipe: Recipe, world_size: int) -> Iterator[tuple[KeyPath, 
             yield (section_name, "weights"), text
     if recipe.augment:
         yield from _augment_inconsistencies(recipe.augment)
-        if recipe.augment.mode == "ada" and recipe.objective.loss == "relativistic":
-            text = (
-                "augment.mode is ada, allowed with objective.loss relativistic: fixed or diffaugment, since p follows "
-                "the signs of D's scores and that loss knows only their differences"
-            )
-            yield ("augment", "mode"), text
     if recipe.hsr:
         yield from _hsr_inconsistencies(recipe.hsr, blocks[1:], recipe.kimg)
     for name, section in (("projected", recipe.projected), ("vision_aided", recipe.vision_aided)):

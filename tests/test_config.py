@@ -475,11 +475,6 @@ MISTAKES = {
         "override augment={mode: fixed, p: 0}: augment.p is 0, allowed in mode fixed: above 0; "
         "without augmentation set augment: null",
     ),
-    "ADA by scores without a zero": (
-        (), ["augment={mode: ada}", "objective.loss=relativistic"], 1,
-        "override augment={mode: ada}: augment.mode is ada, allowed with objective.loss relativistic: "
-        "fixed or diffaugment, since p follows the signs of D's scores and that loss knows only their differences",
-    ),
     "a target of a fixed p": (
         (), ["augment={mode: fixed, p: 0.2}", "augment.target=0.6"], 1,
         "override augment.target=0.6: augment.target is 0.6, allowed in mode fixed: null, which has pipe, p",
