@@ -22,8 +22,8 @@ from hsrgan.engine.freezing import Frozen, check_known
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.labels import ClassCounts
 from hsrgan.engine.model import Discriminator, Generator
-from hsrgan.engine.phases import Training
 from hsrgan.engine.projected import ProjectedHeads, TeacherHeads, VisionAidedHeads
+from hsrgan.engine.run_state import Training
 from hsrgan.engine.sections import Data
 from hsrgan.engine.shard_sources import open_shards
 from hsrgan.engine.shards import Manifest
@@ -60,7 +60,7 @@ def stream(
 
 
 def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 [n, C, R, R] → [−1, 1] float32, channels_last."""
+    """uint8 [n, C, H, W] → [−1, 1] float32, channels_last."""
     images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
     return images.div_(127.5).sub_(1)
 

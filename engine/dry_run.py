@@ -26,7 +26,8 @@ from hsrgan.engine.config import Recipe, check_same_networks
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.freezing import frozen_parameters
-from hsrgan.engine.phases import GeneratorWithHeads, Phase, Training, build_phases, rounds, run_phase
+from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
+from hsrgan.engine.run_state import GeneratorWithHeads, Training
 from hsrgan.engine.shards import Manifest
 
 PROBE_STEPS = 20

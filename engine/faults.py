@@ -15,7 +15,7 @@ import torch.distributed as dist
 from hsrgan.engine.distributed import World
 from hsrgan.engine.errors import CannotWrite
 from hsrgan.engine.finite import NotFinite
-from hsrgan.engine.phases import Training
+from hsrgan.engine.run_state import Training
 from hsrgan.engine.sections import Faults
 
 

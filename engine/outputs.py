@@ -14,8 +14,8 @@ from hsrgan.engine.distributed import from_first
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.labels import Label, multi_hot, name_of
 from hsrgan.engine.model import Generator
-from hsrgan.engine.phases import Round, Training
 from hsrgan.engine.power_ema import part_name
+from hsrgan.engine.run_state import Round, Training
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.sizes import plain
 from hsrgan.engine.snapshot import save_snapshot

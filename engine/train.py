@@ -28,8 +28,9 @@ from hsrgan.engine.faults import Preemption, Writing, not_finite
 from hsrgan.engine.freezing import frozen_otherwise, frozen_parameters
 from hsrgan.engine.outputs import PICTURES, Outputs
 from hsrgan.engine.peers import Peers
-from hsrgan.engine.phases import GeneratorWithHeads, Training, build_phases, run_phase
+from hsrgan.engine.phases import build_phases, run_phase
 from hsrgan.engine.power_ema import part_name, power_beta
+from hsrgan.engine.run_state import GeneratorWithHeads, Training
 from hsrgan.engine.scoring import Scoring
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.stats import RunLog

@@ -15,7 +15,8 @@ from hsrgan.engine.augment import Augmentation, Pipe
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import World
 from hsrgan.engine.draws import Draws
-from hsrgan.engine.phases import DReg, Training, build_phases, rounds, run_phase
+from hsrgan.engine.phases import DReg, build_phases, rounds, run_phase
+from hsrgan.engine.run_state import Training
 from hsrgan.engine.sections import AUGMENT_DEFAULTS, PIPES
 from hsrgan.engine.stats import read_log
 from hsrgan.engine.teacher import load_teacher

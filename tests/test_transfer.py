@@ -15,8 +15,8 @@ from hsrgan.engine import checkpoint, transfer
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
-from hsrgan.engine.phases import GeneratorWithHeads
 from hsrgan.engine.projected import ProjectedHeads, VisionAidedHeads
+from hsrgan.engine.run_state import GeneratorWithHeads
 from hsrgan.engine.snapshot import save_snapshot
 
 WIDTHS = {"channel_base": 64, "channel_max": 8}

@@ -18,7 +18,8 @@ from hsrgan.engine.draws import Draws
 from hsrgan.engine.finite import Finite
 from hsrgan.engine.hsr import HSRHeads
 from hsrgan.engine.model import Discriminator, Generator
-from hsrgan.engine.phases import GeneratorWithHeads, Phase, Round, Training, run_phase
+from hsrgan.engine.phases import Phase, run_phase
+from hsrgan.engine.run_state import GeneratorWithHeads, Round, Training
 from hsrgan.engine.stats import Meter
 from hsrgan.engine.teacher import Teacher, create_timm
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.graphs import Cuda, Graphs, direct
-from hsrgan.engine.phases import Phase, Training, build_phases, rounds, run_phase
+from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
+from hsrgan.engine.run_state import Training
 from hsrgan.kernels import use_backend
 from hsrgan.tools.plain_training import plain_training, random_teacher, run_step
 from hsrgan.tools.train_variants import HSR_LAYERS, Variant, recipe, row

@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from hsrgan.engine.ema import update_ema
-from hsrgan.engine.phases import Phase, Round, Training, build_phases, rounds
+from hsrgan.engine.phases import Phase, build_phases, rounds
+from hsrgan.engine.run_state import Round, Training
 from hsrgan.kernels import builds, launch
 from hsrgan.kernels.builds import Gpu
 from hsrgan.kernels.launch import Launch, use_backend
