@@ -167,8 +167,8 @@ def assert_logged(recipe: Recipe, rows: list[dict]) -> None:
             assert any(p != pytest.approx(recipe.augment.p) for p in course)
         else:
             assert course == pytest.approx([recipe.augment.p] * len(rows))
-    if not recipe.init_from:    # a new D's scores are near 0: softplus once where each fake meets a real, else twice
-        assert (rows[0]["loss/D"] < 1.5 * np.log(2)) == (recipe.objective.loss == "relativistic")
+    if not recipe.init_from:  # D is new: softplus(0) = ln 2 once where each fake meets a real, else twice, and falling
+        assert (rows[0]["loss/D"] < 1.2 * np.log(2)) == (recipe.objective.loss == "relativistic")
 
 
 def assert_sampled(run: Run) -> None:
