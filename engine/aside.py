@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,5 @@ def check_writable(folder: Path, remedy: str = "choose another with run_dir=…"
     """Make the folder and try it, before hours of work want to write there; UserError where it refuses."""
     with writable(folder, remedy):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: the ranks of a run all try it at once
+            pass

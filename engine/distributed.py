@@ -16,8 +16,6 @@ import contextlib
 import datetime
 import logging
 import os
-import re
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hsrgan.engine.errors import RankError, UserError
+from hsrgan.engine import rendezvous
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.finite import Finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,10 +57,9 @@ def world_from_environment(device: str = "auto") -> World:
     )
 
 
-def start(world: World, patience: float = 300.0) -> None:
-    """Join the process group (NCCL on GPUs, gloo elsewhere) and share the cores among the ranks of this machine.
-
-    patience: seconds in which all ranks must have come; after that a `RankError` says who waited where for whom.
+def start(world: World, patience: float = rendezvous.PATIENCE) -> None:
+    """Join the process group (NCCL on GPUs, gloo elsewhere; `rendezvous.meet`), and share the cores among the ranks of
+    this machine.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -69,54 +67,14 @@ def start(world: World, patience: float = 300.0) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # A faster all-reduce between CPU processes, compiled for half a minute at first use: not worth a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    _meet(world, backend, patience)
+    rendezvous.meet(world.rank, world.size, backend, patience, COLLECTIVE)
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE, verbose=False)
-
-
-def _meet(world: World, backend: str, patience: float) -> None:
-    try:
-        limit = datetime.timedelta(seconds=patience)
-        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=limit))
-        store.set_timeout(limit)
-        torch.distributed.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.size, timeout=COLLECTIVE
-        )
-        store.set_timeout(COLLECTIVE)
-    except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RankError(
-            f"rank {world.rank} of {world.size} on {socket.gethostname()}: {_no_meeting(str(error), where, patience)}"
-        ) from None
-
-
-def _no_meeting(error: str, where: str, patience: float) -> str:
-    """Why the ranks did not find each other, and what to do; error: what torch says about it, stack and all."""
-    if "EADDRINUSE" in error or "address already in use" in error:
-        return f"{where} is in use by another program: give --master_port another number, the same on every machine"
-    if joined := re.search(r"(\d+)/(\d+) clients joined", error):
-        return (
-            f"only {joined[1]} of {joined[2]} ranks came to {where} within {patience:g} s: start the command on every "
-            "machine, with the same --master_addr, --master_port and hostfile"
-        )
-    if "port must have value" in error or "invalid literal" in error:
-        return f"{where} is no address: --master_port is a number below 65536"
-    if "connect" in error or "timed out" in error.lower() or "getaddrinfo" in error:
-        return (
-            f"nobody answered at {where} within {patience:g} s: rank 0 must run there, and --master_addr and "
-            "--master_port must be the same on every machine and not be blocked by a firewall"
-        )
-    return f"the ranks could not meet at {where} ({' '.join(error.split())[:200]})"
 
 
 def stop() -> None:

@@ -30,6 +30,7 @@ from hsrgan.engine.outputs import PICTURES, Outputs
 from hsrgan.engine.peers import Peers
 from hsrgan.engine.phases import build_phases, run_phase
 from hsrgan.engine.power_ema import part_name, power_beta
+from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.engine.run_state import GeneratorWithHeads, Training
 from hsrgan.engine.scoring import Scoring
 from hsrgan.engine.shards import Manifest
@@ -39,14 +40,15 @@ from hsrgan.kernels import launch
 
 def train(recipe_path: Path, overrides: list[str]) -> None:
     world = distributed.world_from_environment()
-    recipe = load_recipe(recipe_path, overrides, world_size=world.size)
-    world = distributed.world_from_environment(recipe.device)
-    launch.allow_tf32(recipe.tf32)
-    if recipe.dry_run:
-        return dry_run(recipe, world)
-    check_writable(Path(recipe.run_dir))
-    check_paths(recipe)
-    manifest = assembly.dataset(recipe.data)
+    with before_meeting(world.rank, world.size):
+        recipe = load_recipe(recipe_path, overrides, world_size=world.size)
+        world = distributed.world_from_environment(recipe.device)
+        launch.allow_tf32(recipe.tf32)
+        if recipe.dry_run:
+            return dry_run(recipe, world)
+        check_writable(Path(recipe.run_dir))
+        check_paths(recipe)
+        manifest = assembly.dataset(recipe.data)
     distributed.start(world, recipe.faults.rendezvous_timeout)
     with Peers(world, recipe.faults.rank_timeout), Preemption(world) as preemption:
         diverged = ""

@@ -4,9 +4,11 @@ Each is a process of its own from the fork on: its own engines, process group, s
 line as `python engine/train.py`. That the command itself starts, dies and resumes is test_training.py's.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
+import random
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -90,9 +92,14 @@ def train(folder: Path, *overrides: str, ranks: int = 1, plant: Callable[[], obj
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that nobody listens on, below those that the system hands to connections (32768 and up): rank 0 opens it
+    seconds later.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @functools.cache

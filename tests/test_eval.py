@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import timm
 import torch
 from metric_fixtures import StandInLPIPS, attributes_file
 from PIL import Image
 from safetensors.torch import save_file
-from test_training import _free_port
 from typer.testing import CliRunner
 
 from hsrgan.engine.digits import ensure_digits
@@ -100,7 +100,7 @@ def test_a_result_says_what_it_is_of(alone, shards, snapshot):
 
 def test_deepspeed_gives_the_same_on_two_ranks(alone, shards, snapshot, attributes, tmp_path):
     out = tmp_path / "two.jsonl"
-    launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port()), str(EVAL)]
+    launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(forked.free_port()), str(EVAL)]
     options = ["--data", str(shards), "--metrics", METRICS, "--features", str(TEACHER), "--batch", "48",
                "--attributes", str(attributes)]  # fmt: skip
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

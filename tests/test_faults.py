@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 from test_checkpoints import assert_bitwise, newest
 
-from hsrgan.engine import distributed, phases, train
+from hsrgan.engine import distributed, phases, rendezvous, train
+from hsrgan.engine.aside import check_writable
 from hsrgan.engine.errors import EXIT_RANK_LOST, EXIT_RESUME, UserError
 
 
@@ -143,6 +145,48 @@ def test_ranks_that_do_not_meet_say_why(workspace, case, says):
         (run,) = forked.start(workspace, *options, ranks=2, port=port, absent=0 if case == "nobody" else 1)
         assert run.ends(60) == 2
     assert says in run.said and "Traceback" not in run.said, run.said
+
+
+def test_ranks_that_start_at_once_try_the_same_folder(tmp_path):
+    """None takes the other's trial of it for a refusal."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check_writable, [tmp_path] * 400))
+    assert not list(tmp_path.iterdir())
+
+
+def refuse_folder(*ranks: int) -> None:
+    real = train.check_writable
+
+    def check(folder):
+        if int(os.environ["RANK"]) in ranks:
+            raise UserError("cannot write run: no")
+        real(folder)
+
+    train.check_writable = check
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+def test_a_rank_that_fails_before_they_meet_ends_all_at_once(workspace, ranks):
+    """One line in all, from the first rank, which names the one that it is about."""
+    runs = forked.start(workspace, "run_dir=early", ranks=2, plant=partial(refuse_folder, *ranks))
+    assert [run.ends(60) for run in runs] == [2, 2]
+    errors = [[line for line in run.said.splitlines() if line.startswith("error:")] for run in runs]
+    assert len(errors[0]) == 1 and not errors[1] and errors[0][0].endswith("cannot write run: no"), errors
+    assert ("error: rank 1 (" in errors[0][0]) == (ranks == (1,)) and "Traceback" not in runs[0].said + runs[1].said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_and_finds_no_other_says_so_itself(workspace, rank):
+    plant = partial(lonely, rank)
+    (run,) = forked.start(workspace, "run_dir=early", ranks=2, plant=plant, absent=1 - rank)
+    assert run.ends(60) == 2
+    (line,) = [line for line in run.said.splitlines() if line.startswith("error:")]
+    assert line.endswith("cannot write run: no") and "Traceback" not in run.said
+
+
+def lonely(rank: int) -> None:
+    rendezvous.PATIENCE = rendezvous.FAREWELL = 2.0
+    refuse_folder(rank)
 
 
 # Numbers

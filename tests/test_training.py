@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,14 +64,8 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {**os.environ, **{key: str(value) for key, value in world.items()}, "OMP_NUM_THREADS": "1"}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start(folder: Path, *overrides: str, ranks: int = 1) -> list[subprocess.Popen]:
-    port = _free_port()
+    port = forked.free_port()
     command = [sys.executable, str(TRAIN), "recipe.yaml", *overrides]
     return [
         subprocess.Popen(
@@ -88,8 +83,17 @@ def start(folder: Path, *overrides: str, ranks: int = 1) -> list[subprocess.Pope
 def train(folder: Path, *overrides: str, ranks: int = 1) -> Path:
     """Run to the end and return the last checkpoint."""
     processes = start(folder, *overrides, ranks=ranks)
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    with ThreadPoolExecutor(ranks) as readers:
+        outputs = [readers.submit(process.communicate) for process in processes]
+        deadline = time.monotonic() + 300
+        while any(process.poll() is None for process in processes):
+            if any(process.returncode for process in processes) or time.monotonic() > deadline:
+                time.sleep(5)  # for the others to say what they think of it
+                for process in processes:
+                    process.kill()
+            time.sleep(0.05)
+    said = "\n".join(f"rank {rank}: {output.result()[0]}" for rank, output in enumerate(outputs))
+    assert not any(process.returncode for process in processes), said
     run_dir = next((o.split("=", 1)[1] for o in overrides if o.startswith("run_dir=")), "run")
     return last_checkpoint(folder / run_dir)
 
@@ -296,7 +300,7 @@ def test_path_length_and_linearity_of_a_bf16_run_are_of_its_fp32_copy(workspace,
     file = attributes_file(workspace / "attributes.safetensors")
     metrics = f"metrics={{names: 'ppl2_wend20,als20', attributes: {file}}}"
     command = [sys.executable, "-c", WITH_STAND_IN, "run_dir=lengths", "kimg=0.032", "precision=bf16", metrics]
-    environment = _environment(0, 1, _free_port()) | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = _environment(0, 1, forked.free_port()) | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -364,7 +368,7 @@ def test_broken_data_and_teachers_get_one_line(workspace, reference, tmp_path):
 
 def test_deepspeed_launches_the_recipe(workspace):
     """The README's launch line, two ranks, to the end, with what a run leaves behind."""
-    launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(_free_port()), str(TRAIN)]
+    launch = ["deepspeed", "--num_gpus", "2", "--master_port", str(forked.free_port()), str(TRAIN)]
     command = [*launch, "recipe.yaml", "run_dir=launched", "kimg=0.064"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, timeout=300)

@@ -22,6 +22,7 @@ from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.metrics.report import Bars, comparison_chart, comparison_table, short_names
 from hsrgan.engine.model import Generator
+from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
@@ -92,10 +93,11 @@ def main(
             covariance=covariance.value, workers=workers,
             extras={"attributes": attributes, "allow_weak": allow_weak},
         )  # fmt: skip
-        if out is not None and world.first:
-            with writable(out, "name another --out"):
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.touch()
+        with distributed.failing_together():
+            if out is not None and world.first:
+                with writable(out, "name another --out"):
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    out.touch()
         for path, label, (generator, metadata) in zip(snapshots, short_names(snapshots), generators, strict=True):
             facts = {"snapshot": str(path), "snapshot_sha256": sha256_of(path), "kimg": metadata["kimg"]}
             for result in scorer.score(generator.to(world.device), label):
@@ -126,13 +128,14 @@ def _prepared(
     **options: Any,
 ) -> tuple[Scorer, list[tuple[Generator, dict]]]:
     """Everything that can be refused is, before anything is computed."""
-    parsed = parse_metrics(metrics)
-    manifest = load_manifest(data) if data else None
-    generators = [load_snapshot(path) for path in snapshots]
-    extractors = {spec: load_extractor(spec, resize=resize) for spec in needed_extractors(parsed, features)}
-    scorer = Scorer(parsed, extractors, manifest, world, features=features, cache=RealCache(world), **options)
-    for path, (generator, _) in zip(snapshots, generators, strict=True):
-        scorer.check(generator, str(path))
+    with before_meeting(world.rank, world.size):
+        parsed = parse_metrics(metrics)
+        manifest = load_manifest(data) if data else None
+        generators = [load_snapshot(path) for path in snapshots]
+        extractors = {spec: load_extractor(spec, resize=resize) for spec in needed_extractors(parsed, features)}
+        scorer = Scorer(parsed, extractors, manifest, world, features=features, cache=RealCache(world), **options)
+        for path, (generator, _) in zip(snapshots, generators, strict=True):
+            scorer.check(generator, str(path))
     if world.size > 1:
         distributed.start(world)
     for extractor in extractors.values():
