@@ -67,6 +67,7 @@ def start(world: World, patience: float = rendezvous.PATIENCE) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engine asks for it even where nobody launched it
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
