@@ -22,23 +22,29 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def run(workspace: Path, source: tuple[int, int], target: tuple[int, int]) -> Path:
-    """Ten steps under `source` (made once), then ten more under `target`; the last checkpoint."""
+    """Ten steps under `source` (made once), then ten more under `target`; the last checkpoint.
+
+    A rank takes four images at a time, on one rank in two rounds: who trains on half the GPUs doubles the rounds.
+    """
     options = ("checkpoint_kimg=0.08", "tick_kimg=0.08")
     first, then = (f"r{ranks}z{stage}" for ranks, stage in (source, target))
     saved = workspace / first / "checkpoints" / SAVED
     if not saved.exists():
-        forked.train(workspace, f"run_dir={first}", "kimg=0.08", f"zero_stage={source[1]}", *options, ranks=source[0])
+        forked.train(workspace, f"run_dir={first}", "kimg=0.08", *split(source), *options, ranks=source[0])
     name = f"{first}-{then}"
     folder = workspace / name / "checkpoints"
     if not folder.exists():
         folder.mkdir(parents=True)
         (folder / SAVED).symlink_to(saved)
         options = ("keep_checkpoints=3", *options)
-        said = forked.train(
-            workspace, f"run_dir={name}", "kimg=0.16", f"zero_stage={target[1]}", *options, ranks=target[0]
-        )
+        said = forked.train(workspace, f"run_dir={name}", "kimg=0.16", *split(target), *options, ranks=target[0])
         assert "resuming at 0.08 kimg" in said
     return folder / DONE
+
+
+def split(layout: tuple[int, int]) -> tuple[str, str]:
+    ranks, stage = layout
+    return f"accumulation={2 // ranks}", f"zero_stage={stage}"
 
 
 def differences(a: Path, b: Path) -> dict[str, float]:
@@ -64,13 +70,9 @@ def layout(value: tuple[int, int]) -> str:
     ids=layout,
 )
 def test_ten_more_steps_elsewhere_are_the_same(workspace, source, target):
-    """Against the run that stayed: parameters, averages and second moments to 1e-6.
-
-    Of the first moments, with β₁ = 0, nothing is left but the last step's gradient in fp32: there, two layouts differ
-    by 1.6e-6 after 20 steps that no checkpoint interrupts, and by 1.1e-6 here.
-    """
+    """Against the run that stayed: parameters, averages and both moments."""
     moved, stayed = run(workspace, source, target), run(workspace, source, source)
     found = differences(moved, stayed)
     print(f"{layout(source)} → {layout(target)}: {', '.join(f'{part} {value:.1e}' for part, value in found.items())}")
-    assert all(value < (2e-6 if "exp_avg." in part else 1e-6) for part, value in found.items())
+    assert max(found.values()) < 1e-6
     assert min(differences(moved, moved.parent / SAVED).values()) > 1e-5
