@@ -20,7 +20,7 @@ from shard_fixtures import encode, numbers, pack
 from test_pack import by_value, folder, nvidia_zip, run, stream
 from typer.testing import CliRunner
 
-from hsrgan.engine import assembly, balanced, data, labels, outputs, shard_sources, shards, stats
+from hsrgan.engine import assembly, balanced, data, labels, outputs, shard_sources, shard_writer, shards, stats
 from hsrgan.engine.config import load_recipe
 from hsrgan.engine.distributed import World
 from hsrgan.engine.draws import Draws
@@ -197,7 +197,7 @@ def collect():
 def uneven(tmp_path_factory):
     """100 images of class 0, 10 of class 2 and none of class 1, mixed in shards of 11; image i says i + 1 in red."""
     root = tmp_path_factory.mktemp("uneven")
-    writer = shards.ShardWriter(root, resolution=(4, 4), channels=3, class_names=["a", "b", "c"], shard_size=11)
+    writer = shard_writer.ShardWriter(root, resolution=(4, 4), channels=3, class_names=["a", "b", "c"], shard_size=11)
     with writer:
         for i in range(110):
             pixels = np.zeros((4, 4, 3), np.uint8)

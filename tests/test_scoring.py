@@ -28,7 +28,8 @@ from hsrgan.engine.metrics.positions import UNIT, firsts
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.model import Generator
-from hsrgan.engine.shards import ShardWriter, load_manifest
+from hsrgan.engine.shard_writer import ShardWriter
+from hsrgan.engine.shards import load_manifest
 
 REALS = 210
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))

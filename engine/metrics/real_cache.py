@@ -21,7 +21,7 @@ from hsrgan.engine.distributed import World, sum_over_ranks
 from hsrgan.engine.metrics.features import Features
 from hsrgan.engine.metrics.moments import Gaussian
 from hsrgan.engine.metrics.weights import cache_folder
-from hsrgan.engine.shards import folder_lock
+from hsrgan.engine.shard_writer import folder_lock
 
 FORMAT = "hsrgan-real-statistics-1"
 ROWS = 4096  # that travel to the first rank at a time
