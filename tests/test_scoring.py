@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -357,6 +358,25 @@ def test_ctrl_c_leaves_no_half_cache(shards, tmp_path, monkeypatch, where):
     with pytest.raises(KeyboardInterrupt):
         scorer(shards, cache=RealCache(ALONE, tmp_path)).score(generator())
     assert [path.name for path in tmp_path.iterdir()] in ([], [".lock"])
+
+
+@pytest.mark.parametrize("why", ["File exists", "Is a directory", "File too large"])
+def test_a_cache_that_cannot_be_written_is_said_and_scores_go_on(shards, reference, tmp_path, capfd, why):
+    """A folder that cannot be made, a lock that cannot be taken, a disk that is full after the first few bytes."""
+    folder, no_limit = tmp_path / "cache", resource.getrlimit(resource.RLIMIT_FSIZE)
+    if why == "File exists":
+        folder.write_text("a file")
+    elif why == "Is a directory":
+        (folder / ".lock").mkdir(parents=True)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, no_limit[1]))  # the facts fit, the statistics do not
+    try:
+        assert_same(values(scorer(shards, cache=RealCache(ALONE, folder)).score(generator())), reference)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"cannot write {folder}") and why in line and line.endswith("statistics are not kept")
+    assert not folder.is_dir() or [path.name for path in folder.iterdir()] == [".lock"]
 
 
 # What a training run may not notice
