@@ -23,7 +23,7 @@ def write_labels(source, given):
 
 
 def pack_several(root):
-    """What packing said, and a multi-label set of 20 images; image i is grey of value 4·i, in classes SETS[i % 4] of 3."""
+    """What packing said, and a multi-label set of 20 images: image i is grey, 4·i, in classes SETS[i % 4] of 3."""
     source = folder(root / "src", [f"{i:02d}.png" for i in range(20)])
     write_labels(source, [list(SETS[i % 4]) for i in range(20)])
     return run(source, root / "dst", "--shard-size", 8)
