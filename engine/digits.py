@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.shards import MANIFEST, ShardWriter, folder_lock, load_manifest
+from hsrgan.engine.shard_writer import ShardWriter, folder_lock
+from hsrgan.engine.shards import MANIFEST, load_manifest
 
 SIDE = 8  # pixels of the originals, whose values are 0 … 16
 

@@ -11,7 +11,7 @@ import zipfile
 
 import stylegan_pickles as pickles
 import torch
-from test_model import make_g
+from small_networks import make_g
 
 
 def text(value: str) -> bytes:

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from hsrgan.engine import samples, shards
+from hsrgan.engine import samples, shard_writer, shards
 
 COUNT, SHARD_SIZE = 103, 10  # ten whole shards and one of 3: uneven
 
@@ -25,7 +25,7 @@ def picture(i):
 
 def pack(folder, count=COUNT, classes=5, picture=picture, **options):
     options = {"resolution": (4, 4), "channels": 3, "shard_size": SHARD_SIZE} | options
-    with shards.ShardWriter(folder, class_names=[f"c{k}" for k in range(classes)], **options) as writer:
+    with shard_writer.ShardWriter(folder, class_names=[f"c{k}" for k in range(classes)], **options) as writer:
         for i in range(count):
             writer.add(encode(picture(i), options.get("image_format", "png")), i % classes if classes else None)
     return shards.load_manifest(folder)

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from opcheck import CHECKS, OpCase, assert_equal, check, derivatives
+from op_cases import OpCase, assert_equal, derivatives
+from opcheck import CHECKS, check
 from watched import watched
 
 from hsrgan import kernels

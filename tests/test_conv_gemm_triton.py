@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from opcheck import CHECKS, OpCase, assert_equal, check, truth_and_op
+from op_cases import OpCase, assert_equal, truth_and_op
+from opcheck import CHECKS, check
 
 from hsrgan import kernels
 from hsrgan.kernels import conv_table

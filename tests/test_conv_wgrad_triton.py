@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from opcheck import CHECKS, OpCase, assert_equal, check, truth_and_op
+from op_cases import OpCase, assert_equal, truth_and_op
+from opcheck import CHECKS, check
 from watched import watched
 
 from hsrgan import kernels

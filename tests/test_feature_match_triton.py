@@ -5,7 +5,8 @@ import weakref
 
 import pytest
 import torch
-from opcheck import CHECKS, OpCase, check
+from op_cases import OpCase
+from opcheck import CHECKS, check
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from watched import watched

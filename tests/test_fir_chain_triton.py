@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from opcheck import CHECKS, OpCase, assert_equal, check, truth_and_op
+from op_cases import OpCase, assert_equal, truth_and_op
+from opcheck import CHECKS, check
 
 from hsrgan import kernels
 from hsrgan.kernels import launch

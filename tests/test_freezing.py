@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoints import assert_bitwise, newest
 from test_graphs import CPU, recipe
-from test_transfer import networks
+from transfer_networks import networks
 
 from hsrgan.engine.config import load_recipe
 from hsrgan.engine.errors import UserError

@@ -7,8 +7,9 @@ import re
 import pytest
 import stylegan_pickles as pickles
 import torch
+from literal_networks import mapping, reference_g
 from safetensors import safe_open
-from test_model import labels, make_d, make_g, mapping, reference_g, stir
+from small_networks import labels, make_d, make_g, stir
 from typer.testing import CliRunner
 
 from hsrgan.engine.errors import UserError

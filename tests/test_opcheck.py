@@ -7,7 +7,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from opcheck import CHECKS, OpCase, check, failures
+from op_cases import OpCase
+from opcheck import CHECKS, check, failures
 from scaled_square import _forward, scaled_square, scaled_square_torch
 from watched import rounding, watched
 

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import hsrgan.tools.pack as pack_tool
-from hsrgan.engine import data, shards, tar_index
+from hsrgan.engine import data, shard_writer, shards, tar_index
 from hsrgan.engine.errors import UserError
 
 SCRIPT = Path(pack_tool.__file__)
@@ -277,7 +277,8 @@ def test_shards_of_others_are_never_touched(tmp_path):
 
 def test_two_packers_do_not_share_a_folder(tmp_path):
     source = folder(tmp_path / "src", ["a.png"])
-    with shards.folder_lock(tmp_path / "dst", wait=False), pytest.raises(UserError, match="another process is packing"):
+    held = shard_writer.folder_lock(tmp_path / "dst", wait=False)
+    with held, pytest.raises(UserError, match="another process is packing"):
         run(source, tmp_path / "dst")
 
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from test_model import WIDTHS, as_function, close, make_d, make_g, mapping, reference_d, reference_g, stir
+from literal_networks import mapping, reference_d, reference_g
+from small_networks import WIDTHS, as_function, close, make_d, make_g, stir
 
 from hsrgan.engine import losses
 from hsrgan.engine.errors import UserError

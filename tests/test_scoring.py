@@ -1,11 +1,8 @@
-"""Scoring generators: the same value for any ranks, batch size and order of shards; real statistics kept; a training
-run left as it was."""
+"""Scoring generators: the same value for any ranks, batch size and order of shards; a training run left as it was."""
 
 import dataclasses
-import io
 import json
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,68 +10,30 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from metric_fixtures import StandInLPIPS, attributes_file, digits, kaiming
-from PIL import Image
-from torch import nn
+from metric_fixtures import StandInLPIPS, attributes_file, digits
+from scoring_runs import (
+    ALONE,
+    REALS,
+    StandIn,
+    assert_same,
+    generator,
+    pack,
+    reference_of,
+    reorder,
+    scorer,
+    values,
+)
 
 from hsrgan.engine import distributed
 from hsrgan.engine.distributed import World, failing_together, from_first
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.metrics import generator_metrics, real_cache, registry, sampling
-from hsrgan.engine.metrics.inception import LOGITS
+from hsrgan.engine.metrics import generator_metrics, registry, sampling
 from hsrgan.engine.metrics.names import parse_metrics
-from hsrgan.engine.metrics.positions import UNIT, firsts
+from hsrgan.engine.metrics.positions import firsts
 from hsrgan.engine.metrics.real_cache import RealCache
-from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.model import Generator
-from hsrgan.engine.shards import ShardWriter, load_manifest
-
-REALS = 210
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-
-
-class StandIn(nn.Module):
-    """A small network in place of a published one; counts the images that it is shown."""
-
-    name, dim = "stand-in", 24
-
-    def __init__(self, resize: str = "none"):
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(1, 32, 5, 2), nn.ReLU(), nn.Conv2d(32, 24, 3, 2), nn.ReLU())
-        self.head = nn.Linear(24, LOGITS, bias=False)
-        kaiming(self)
-        self.protocol = {"network": self.name, "resize": resize}
-        self.seen = 0
-
-    def features_and_logits(self, images):
-        assert images.dtype == torch.uint8 and len(images) == UNIT
-        self.seen += len(images)
-        features = self.net(images[:, :1].float() / 127.5 - 1).mean((2, 3))
-        return features, self.head(features)
-
-    def forward(self, images):
-        return self.features_and_logits(images)[0]
-
-
-def generator(c_dim: int = 10) -> Generator:
-    torch.manual_seed(0)
-    sizes = {"z_dim": 8, "w_dim": 8, "mapping_layers": 2, "channel_base": 128, "channel_max": 8}
-    made = Generator(c_dim=c_dim, img_resolution=16, img_channels=1, **sizes).eval().requires_grad_(False)
-    for name, value in made.named_parameters():
-        if name.endswith("noise_strength"):
-            value.fill_(0.3)
-    return made
-
-
-def pack(folder: Path, count: int = REALS) -> Path:
-    with ShardWriter(folder, resolution=(16, 16), channels=1, class_names=[str(i) for i in range(10)],
-                     shard_size=50) as writer:  # fmt: skip
-        for i, image in enumerate(digits(count, 16)):
-            data = io.BytesIO()
-            Image.fromarray(image[0].numpy()).save(data, "PNG")
-            writer.add(data.getvalue(), i % 7 % 3)
-    return folder
+from hsrgan.engine.shards import load_manifest
 
 
 @pytest.fixture(scope="module")
@@ -84,39 +43,12 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reordered(shards, tmp_path_factory) -> Path:
-    """The same shards in another folder, listed in another order."""
-    folder = Path(shutil.copytree(shards, tmp_path_factory.mktemp("reordered") / "b"))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"].reverse()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def several() -> list:
-    """Every kind of metric, of few images."""
-    *others, pr = parse_metrics("fid300_full,fid100,kid300_full,is300,pr1k3_full")
-    return [*others, dataclasses.replace(pr, fakes=300)]
-
-
-def scorer(folder: Path, metrics=None, net: nn.Module | None = None, world: World = ALONE, **options) -> Scorer:
-    metrics, net = metrics or several(), net or StandIn()
-    extractors = dict.fromkeys(needed_extractors(metrics, None), net)
-    return Scorer(metrics, extractors, load_manifest(folder), world, seed=3, **options)
-
-
-def values(results) -> dict[str, float]:
-    return {name: value for result in results for name, value in result["values"].items()}
+    return reorder(shards, tmp_path_factory.mktemp("reordered") / "b")
 
 
 @pytest.fixture(scope="module")
 def reference(shards) -> dict[str, float]:
-    torch.set_num_threads(1)
-    return values(scorer(shards, batch=64).score(generator()))
-
-
-def assert_same(found: dict[str, float], reference: dict[str, float]) -> None:
-    assert found.keys() == reference.keys()
-    assert {name: value for name, value in found.items() if abs(value - reference[name]) > 1e-9} == {}
+    return reference_of(shards)
 
 
 def test_the_values_are_of_the_images(shards, reference):
@@ -298,64 +230,6 @@ def test_progress_counts_every_image(shards):
     for steps in seen.values():
         assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
     assert seen[f"fakes for {names}"][:2] == [(0, 300), (16, 300)]
-
-
-# Real statistics
-
-
-def no_reals(*_):
-    raise AssertionError("the reals were read")
-
-
-def test_real_statistics_are_found_by_content(shards, reordered, reference, tmp_path, monkeypatch):
-    cache = RealCache(ALONE, tmp_path)
-    first = scorer(shards, cache=cache)
-    assert_same(values(first.score(generator())), reference)
-    files = {path.name for path in tmp_path.iterdir()}
-    assert len(files) == 7  # moments of 210 and of 100, features of 210, and their facts; the lock
-    facts = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert facts["protocol"]["network"] == "stand-in" and str(shards) not in json.dumps(facts)
-
-    monkeypatch.setattr(sampling, "reals", no_reals)
-    assert_same(values(scorer(reordered, cache=cache).score(generator())), reference)
-    assert_same(values(first.score(generator())), reference)
-    with pytest.raises(AssertionError, match="were read"):
-        scorer(shards, net=StandIn("clean"), cache=cache).score(generator())
-    with pytest.raises(AssertionError, match="were read"):
-        scorer(shards, parse_metrics("fid50_full,fid50"), cache=cache).score(generator())  # moments of 50 reals are new
-    assert {path.name for path in tmp_path.iterdir()} == files
-
-
-def test_other_images_have_other_statistics(shards, tmp_path):
-    """One image fewer in the last shard."""
-    content = {sampling.content_sha256(load_manifest(folder)) for folder in (shards, pack(tmp_path, REALS - 1))}
-    assert len(content) == 2
-
-
-def test_a_damaged_cache_is_made_again(shards, reference, tmp_path):
-    scorer(shards, cache=RealCache(ALONE, tmp_path)).score(generator())
-    whole = {}
-    for path in tmp_path.glob("*.safetensors"):
-        whole[path] = path.stat().st_size
-        path.write_bytes(path.read_bytes()[: whole[path] // 2])
-    assert_same(values(scorer(shards, cache=RealCache(ALONE, tmp_path)).score(generator())), reference)
-    assert {path: path.stat().st_size for path in whole} == whole
-
-
-@pytest.mark.parametrize("where", ["in the pass", "while writing"])
-def test_ctrl_c_leaves_no_half_cache(shards, tmp_path, monkeypatch, where):
-    def interrupted(*arguments):
-        if where == "while writing":
-            Path(arguments[1]).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    if where == "while writing":
-        monkeypatch.setattr(real_cache, "save_file", interrupted)
-    else:
-        monkeypatch.setattr(registry.Moments, "reduce", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        scorer(shards, cache=RealCache(ALONE, tmp_path)).score(generator())
-    assert [path.name for path in tmp_path.iterdir()] in ([], [".lock"])
 
 
 # What a training run may not notice

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_training import TEACHER, last_checkpoint
 from typer.testing import CliRunner
 
-from hsrgan.engine import samples, shards
+from hsrgan.engine import samples, shard_writer, shards
 from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.config import load_recipe
 from hsrgan.engine.data import open_stream
@@ -182,7 +182,7 @@ def test_pictures_without_alpha_are_opaque_in_an_rgba_set(tmp_path, image_format
     manifest = packed(source, "--resolution", 16, "--channels", 4, "--format", image_format)
     found = decoded(manifest)
     assert found.shape == (3, 16, 16, 4) and (found[..., 3] == 255).all() and found[..., :3].float().std() > 20
-    with shards.ShardWriter(tmp_path / "wrong", resolution=(16, 16), channels=1) as writer:
+    with shard_writer.ShardWriter(tmp_path / "wrong", resolution=(16, 16), channels=1) as writer:
         writer.add((source / "000.png").read_bytes())
     with pytest.raises(samples.BadSample, match="is a RGB image, its manifest says 1 channel"):
         decoded(shards.load_manifest(tmp_path / "wrong"))

@@ -38,7 +38,8 @@ from torch.utils.data import DataLoader
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.samples import PIL_FORMATS
-from hsrgan.engine.shards import Manifest, ShardWriter, load_manifest
+from hsrgan.engine.shard_writer import ShardWriter
+from hsrgan.engine.shards import Manifest, load_manifest
 from hsrgan.tools.bench_kernels import now, versions
 
 COUNTS = {32: 4096, 64: 2048, 128: 1024, 256: 512, 512: 128, 1024: 64}  # images of each resolution

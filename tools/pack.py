@@ -22,7 +22,8 @@ from rich.text import Text
 
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.labels import from_text
-from hsrgan.engine.shards import check_target, folder_lock, load_manifest, write_manifest
+from hsrgan.engine.shard_writer import check_target, folder_lock, write_manifest
+from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.sizes import block_sizes, in_words
 from hsrgan.tools.pack_images import Crop, Filter, Format, Recipe
 from hsrgan.tools.pack_shards import Packers, Record, jobs_of, pack_shard

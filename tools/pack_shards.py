@@ -25,7 +25,8 @@ import numpy as np
 
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.labels import Label, to_text
-from hsrgan.engine.shards import MANIFEST, Shard, ShardFile, remove_shards
+from hsrgan.engine.shard_writer import ShardFile, remove_shards
+from hsrgan.engine.shards import MANIFEST, Shard
 from hsrgan.tools.pack_images import Recipe
 from hsrgan.tools.pack_sources import Source, reader
 

@@ -1,13 +1,14 @@
 """Statistics of real images, kept between runs by what the images are and how they were seen, never by their path.
 
 Each is `<key>.safetensors`, with the facts that the key is the hash of beside it in `<key>.json`, for people. Both are
-written aside and renamed when they are whole.
+written aside and renamed when they are whole. Scores do not depend on it: where it cannot be written, a line says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,23 +19,22 @@ from torch import Tensor
 
 from hsrgan.engine.aside import writable, written_aside
 from hsrgan.engine.distributed import World, sum_over_ranks
+from hsrgan.engine.errors import CannotWrite
 from hsrgan.engine.metrics.features import Features
 from hsrgan.engine.metrics.moments import Gaussian
 from hsrgan.engine.metrics.weights import cache_folder
-from hsrgan.engine.shards import folder_lock
+from hsrgan.engine.shard_writer import folder_lock
 
 FORMAT = "hsrgan-real-statistics-1"
 ROWS = 4096  # that travel to the first rank at a time
 
 
 class RealCache:
-    """folder: made if missing; `UserError` where it cannot be. Every method is a collective; the first rank writes."""
+    """folder: made if missing. Every method is a collective; the first rank writes."""
 
     def __init__(self, world: World, folder: Path | None = None) -> None:
         self.world, self.folder = world, folder or cache_folder() / "reals"
-        if world.first:
-            with writable(self.folder, "name another folder with HSRGAN_CACHE"):
-                self.folder.mkdir(parents=True, exist_ok=True)
+        self._refused = False
 
     def gaussian(self, facts: Mapping[str, object]) -> Gaussian | None:
         """Moments of `facts` if every rank finds them."""
@@ -74,10 +74,27 @@ class RealCache:
     def _write(self, kind: str, facts: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
         if not self.world.first:
             return
-        path, lock = self._path(kind, facts), folder_lock(self.folder, wait=True)  # another run may be at the same
-        with lock, written_aside(path.with_suffix(".json")) as beside, written_aside(path) as aside:
-            beside.write_text(json.dumps({"format": FORMAT, "kind": kind, **facts}, indent=1), encoding="utf-8")
-            save_file({key: value.contiguous() for key, value in tensors.items()}, aside, {"format": FORMAT})
+        path = self._path(kind, facts)
+        try:
+            self._write_pair(path, json.dumps({"format": FORMAT, "kind": kind, **facts}, indent=1), tensors)
+        except CannotWrite as refusal:
+            if not self._refused:
+                print(f"{refusal} (HSRGAN_CACHE); the reals' statistics are not kept", file=sys.stderr, flush=True)
+            self._refused = True
+
+    def _write_pair(self, path: Path, facts: str, tensors: dict[str, Tensor]) -> None:
+        """Raises `CannotWrite` where the folder refuses."""
+        with (
+            writable(path),
+            folder_lock(self.folder, wait=True),  # another run may be at the same
+            written_aside(path.with_suffix(".json")) as beside,
+            written_aside(path) as aside,
+        ):
+            beside.write_text(facts, encoding="utf-8")
+            try:  # `save` would hold the file in memory twice, and features of 200,000 reals take gigabytes
+                save_file({key: value.contiguous() for key, value in tensors.items()}, aside, {"format": FORMAT})
+            except SafetensorError as error:  # which is no OSError, also of a full disk
+                raise OSError(str(error)) from error
 
 
 def _read(path: Path, *keys: str) -> dict[str, Tensor] | None:

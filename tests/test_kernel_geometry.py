@@ -1,0 +1,144 @@
+"""Definitions against literal constructions of the resampling and the modulation; what autograd asks."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_inputs import SKEW, TAPS, _one_thread, normal  # noqa: F401  (a fixture)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hsrgan import kernels
+
+convolution_module = sys.modules["hsrgan.kernels.convolution"]
+
+
+def literal_fir(x, f, pads, gain):
+    """Pad by (before, after) on both axes, then add up shifted copies. f is symmetric."""
+    x = F.pad(x, (*pads, *pads))
+    h, w = x.shape[2] - 3, x.shape[3] - 3
+    kernel = torch.outer(f, f) * gain
+    return sum(kernel[a, b] * x[:, :, a : a + h, b : b + w] for a in range(4) for b in range(4))
+
+
+def zeros_between(x):
+    y = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    y[:, :, ::2, ::2] = x
+    return y
+
+
+def literal_conv2d(x, w, up, down):
+    if w.shape[-1] == 1:
+        if up == 2:
+            return literal_fir(zeros_between(F.conv2d(x, w)), TAPS, (2, 1), 4)
+        return F.conv2d(literal_fir(x, TAPS, (1, 1), 1)[:, :, ::2, ::2], w)
+    if up == 2:
+        return literal_fir(F.conv_transpose2d(x, w.transpose(0, 1), stride=2), TAPS, (1, 1), 4)
+    return F.conv2d(literal_fir(x, TAPS, (2, 2), 1), w, stride=2)
+
+
+@pytest.mark.parametrize("op", [kernels.conv2d, kernels.conv2d_torch], ids=["op", "definition"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("up", "down"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("f", [TAPS, torch.outer(TAPS, TAPS)], ids=["taps", "square"])
+def test_resampling_geometry_of_convolutions(op, k, up, down, f):
+    x, w = normal(2, 3, 8, 6), normal(5, 3, k, k)
+    y = op(x, w, up=up, down=down, f=f)
+    assert y.shape[2:] == (8 * up // down, 6 * up // down)
+    torch.testing.assert_close(y, literal_conv2d(x, w, up, down), rtol=1e-12, atol=1e-12)
+
+
+def test_resampling_geometry_of_images():
+    x = normal(2, 3, 8, 6)
+    torch.testing.assert_close(kernels.upsample2d(x, TAPS), literal_fir(zeros_between(x), TAPS, (2, 1), 4))
+    torch.testing.assert_close(kernels.downsample2d(x, TAPS), literal_fir(x, TAPS, (1, 1), 1)[:, :, ::2, ::2])
+    flat = torch.ones(1, 1, 8, 8, dtype=torch.float64)
+    assert torch.allclose(kernels.upsample2d(flat, TAPS)[..., 2:-2, 2:-2], flat.new_ones(()))  # brightness is kept
+
+
+def test_upfirdn2d_is_a_convolution_unless_flipped():
+    """An impulse shows the filter as it is, or mirrored."""
+    x = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
+    x[0, 0, 2, 2] = 1
+    convolved = kernels.upfirdn2d(x, SKEW, padding=(2, 2, 1, 1))[0, 0]
+    torch.testing.assert_close(convolved[2:4, 2:5], SKEW)
+    correlated = kernels.upfirdn2d(x, SKEW, padding=(2, 2, 1, 1), flip_filter=True)[0, 0]
+    torch.testing.assert_close(correlated[2:4, 2:5], SKEW.flip(0, 1))
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_modulation_equals_weights_per_sample(up):
+    x, w, s = normal(3, 4, 5, 5), normal(6, 4, 3, 3), normal(3, 4)
+    rows = []
+    for i in range(3):
+        own = w * s[i][None, :, None, None]
+        own = own / (own.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        rows.append(literal_conv2d(x[i : i + 1], own, 2, 1) if up == 2 else F.conv2d(x[i : i + 1], own, padding=1))
+    y = kernels.modulated_conv2d(x, w, s, up=up, f=TAPS, act="linear")
+    torch.testing.assert_close(y, torch.cat(rows), rtol=1e-10, atol=1e-10)
+
+
+def test_fp16_modulation_does_not_overflow():
+    """Style and weight far beyond fp16's products: demodulation makes them harmless, as both are normalised first."""
+    x, w, s = torch.randn(2, 64, 4, 4), torch.randn(8, 64, 3, 3) * 1e3, torch.randn(2, 64) * 1e4
+    truth = kernels.modulated_conv2d_torch(x.double(), w.double(), s.double())
+    y = kernels.modulated_conv2d(x.half(), w, s)
+    assert (y.double() - truth).abs().max() < 0.01 * truth.abs().max()
+
+
+def test_to_rgb_accumulates_the_image_in_fp32():
+    x, w, s = torch.randn(2, 8, 4, 4).bfloat16(), torch.randn(3, 8, 1, 1), torch.randn(2, 8)
+    image = torch.full((2, 3, 4, 4), 1000.001)
+    y = kernels.to_rgb(x, w, s, image=image)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y - image, kernels.to_rgb(x, w, s), rtol=0, atol=1e-4)
+
+
+def network(x, w, style):
+    """Two layers of each sort, so that gradients pass through convolutions that have weights."""
+    x = kernels.modulated_conv2d(x, w[0] * 1.0, style, up=2, f=TAPS)
+    x = kernels.modulated_conv2d(x, w[0], style)
+    x = kernels.bias_act(kernels.conv2d(x, w[1] * 1.0), clamp=256)
+    return kernels.bias_act(kernels.conv2d(x, w[1], down=2, f=TAPS), clamp=256)
+
+
+def test_the_library_is_told_to_add_up_in_a_fixed_order():
+    """cuDNN's flag, inside every convolution and gradient of ours, and as it was outside."""
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+                seen.append((func._opname, torch.backends.cudnn.deterministic))
+            return func(*args, **(kwargs or {}))
+
+    x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
+    with Watching():
+        y = kernels.conv2d(x, w)
+        torch.autograd.grad(y, [x, w], torch.ones_like(y))
+    assert sorted(seen) == [("convolution", True)] * 2 + [("convolution_backward", True)]
+    assert torch.backends.cudnn.deterministic is False
+
+
+@pytest.mark.parametrize("wrt", ["images", "styles"])
+def test_penalties_compute_no_weight_gradient_that_is_thrown_away(wrt, monkeypatch):
+    """R1 (images) and path length (styles): none in the inner derivative, and after it those of the penalty."""
+    calls = []
+    forward = convolution_module.WeightGradient.forward
+
+    def counted(ctx, *args):
+        calls.append(1)
+        return forward(ctx, *args)
+
+    monkeypatch.setattr(convolution_module.WeightGradient, "forward", staticmethod(counted))
+    x, style = normal(2, 3, 4, 4).requires_grad_(), normal(2, 3).requires_grad_()
+    weights = [normal(3, 3, 3, 3).requires_grad_() for _ in range(2)]
+    y = network(x, weights, style)
+    (inner,) = torch.autograd.grad(y.sum(), x if wrt == "images" else style, create_graph=True)
+    assert len(calls) == 0
+    inner.square().sum().backward()
+    assert len(calls) >= 4
+    assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in weights)
+    calls.clear()
+    network(x, weights, style).sum().backward()
+    assert len(calls) == 4  # one a convolution: an ordinary backward pass wants them all
