@@ -47,7 +47,8 @@ from torch.autograd import Function
 
 from hsrgan.kernels import bias_act_kernels as kernels
 from hsrgan.kernels import blocks, launch
-from hsrgan.kernels.pointwise_triton import SMOOTH, chain_constants
+from hsrgan.kernels.bias_act import Tail
+from hsrgan.kernels.pointwise_triton import SMOOTH, chain_of
 from hsrgan.kernels.tiles import Walk, channels_fastest, tile, tiles_per_program, walk
 
 SMALL = ("BIAS", "DEMOD", "NOISE", "STRENGTH", "STYLE")  # the order of these operands everywhere
@@ -69,22 +70,10 @@ class Chain(NamedTuple):
         return torch.empty_strided(self.shape, self.strides, dtype=t.dtype, device=t.device)
 
 
-def bias_act_triton(
-    x: Tensor,
-    bias: Tensor | None,
-    demod: Tensor | None,
-    noise: Tensor | None,
-    strength: Tensor | None,
-    act: str,
-    slope: float,
-    gain: float,
-    clamp: float | None,
-    next_style: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def bias_act_triton(x: Tensor, tail: Tail) -> Tensor:
     """`bias_act` of checked arguments. Differentiable twice; a third derivative raises RuntimeError."""
-    constants = chain_constants(act, slope, gain, clamp, x.dtype)
-    return _Forward.apply(x, bias, demod, noise, strength, next_style, residual, constants)
+    constants = chain_of(tail, x.dtype)
+    return _Forward.apply(x, *tail.operands, tail.next_style, tail.residual, constants)
 
 
 class _Forward(Function):

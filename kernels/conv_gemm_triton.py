@@ -15,32 +15,21 @@ As an input gradient (g → x's; the transpose, or the mirrored weight at stride
 gives the style's gradient too: sums Σ_q c·x, a row of partial sums a program, added up by PyTorch in a fixed order.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hsrgan.kernels import launch
+from hsrgan.kernels.bias_act import Tail
 from hsrgan.kernels.conv_table import Tile
 from hsrgan.kernels.fir4_triton import empty, is_nhwc
-from hsrgan.kernels.pointwise_triton import pointwise, pre_activation
+from hsrgan.kernels.pointwise_triton import chain_of, pointwise, pre_activation
 from hsrgan.kernels.products import products
 from hsrgan.kernels.tiles import power_of_two
 
 COLUMNS = 16
-PLAIN = {"ACT": "lrelu", "SLOPE": 1.0, "GAIN": 1.0, "CLAMP": None}
-
-
-class Tail(NamedTuple):
-    """The pointwise tail: demod [N, Cout]; noise [N or 1, 1, h, w] with strength [1]; bias [Cout]; the chain."""
-
-    bias: Tensor | None = None
-    demod: Tensor | None = None
-    noise: Tensor | None = None
-    strength: Tensor | None = None
-    chain: dict[str, Any] = PLAIN
+NO_TAIL = Tail(act="linear")
 
 
 @triton.jit(do_not_specialize=["nothing"])
@@ -160,7 +149,7 @@ def launch_gemm(
     padding: int,
     transposed: bool,
     scale: Tensor | None = None,
-    tail: Tail | None = None,
+    tail: Tail = NO_TAIL,
     ref: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution of x·scale with w and its tail, `size` pixels [N, Cout, *size]; ref [N, Cout, …]: Σ_q c·ref too.
@@ -169,7 +158,6 @@ def launch_gemm(
     """
     (samples, inputs, height, width), k = x.shape, w.shape[-1]
     outputs = w.shape[1] if transposed else w.shape[0]
-    tail = Tail() if tail is None else tail
     by_phases = transposed and stride == 2
     launch.check(not by_phases or (k == 3 and padding == 0), "the transpose of stride 2 is for 3×3 without padding")
     y = empty(x, samples, outputs, *size, nhwc=is_nhwc(x))
@@ -198,7 +186,7 @@ def launch_gemm(
         *x.stride(), w.stride(out), w.stride(into), *w.stride()[2:], *y.stride(), *noise_strides,
         *((0,) * 4 if ref is None else ref.stride()),
         K=k, STRIDE=1 if transposed else stride, PAD=k - 1 - padding if transposed else padding,
-        TRANSPOSED=by_phases, FLIP=transposed, **tail.chain,
+        TRANSPOSED=by_phases, FLIP=transposed, **chain_of(tail, x.dtype),
         BM=pixels, BW=across, BN=bn, BK=bk, **products(x), WIDE=reach >= 2**31, VECTOR=vector(x, k),
         num_warps=tile.warps, num_stages=tile.stages,
         registers=168 if bn > bk == 32 else None,  # 32 → 64 channels: left alone, ptxas spills 8 bytes for sm_100

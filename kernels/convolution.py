@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.bias_act import pairs
+from hsrgan.kernels.bias_act import Tail, pairs
 from hsrgan.kernels.conv_table import Shape, Tile, choose, forced
 from hsrgan.kernels.tiles import is_nhwc
 
@@ -78,7 +78,7 @@ def tile_of(x: Tensor, outputs: int, geometry: Geometry, *, fused: bool) -> Tile
 
 
 class Convolution(Function):
-    """x·scale convolved with the weight. With a tail (a `conv_gemm_triton.Tail`, GEMM only) two results: a stand-in for
+    """x·scale convolved with the weight. With a `Tail` (GEMM only) two results: a stand-in for
     the convolution, which has a shape and a gradient but no values, and y, the tail's result, without a gradient.
 
     PyTorch's own second derivative of a convolution turns the batch into channels, many times slower on a CPU.
@@ -128,10 +128,10 @@ class InputGradient(Function):
         if tile is None:
             u = convolve(g, w, adjoint)
             return u * pairs(scale, u), _over_pixels(u, x).to(scale.dtype)
-        from hsrgan.kernels.conv_gemm_triton import Tail, launch_gemm
+        from hsrgan.kernels.conv_gemm_triton import launch_gemm
 
         gx, gscale = launch_gemm(
-            g, w, adjoint.size(g), tile, **_kernel(adjoint), tail=Tail(demod=scale), ref=x
+            g, w, adjoint.size(g), tile, **_kernel(adjoint), tail=Tail(demod=scale, act="linear"), ref=x
         )  # fmt: skip
         return gx, gscale.to(scale.dtype)
 
