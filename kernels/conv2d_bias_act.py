@@ -2,9 +2,8 @@
 
     y = bias_act(conv2d(x), bias)
 
-On the GEMM of `conv_gemm_triton` the tail is its epilogue, wherever it follows the convolution at once and y tells the
-side of the activation: not behind the FIR of up = 2, whose own pass carries the tail, and not with a residual, under
-which y's sign is lost (the convolution's output would have to be stored as well: the pointwise pass does no worse).
+On the GEMM of `conv_gemm_triton` the tail is its epilogue, wherever it follows the convolution at once and its result
+tells the side of the activation: not behind the FIR of up = 2, whose own pass carries the tail.
 """
 
 from torch import Tensor
@@ -83,8 +82,7 @@ def layer(
 ) -> Tensor:
     """One layer of either network behind the FIR of down = 2, if any: of x·style, with its tail."""
     geometry = geometry_of(weight, up, down)
-    fused = up == 1 and tail.residual is None and tail.told_by_y
-    if fused and tile_of(x, len(weight), geometry, fused=True) is not None:
+    if up == 1 and tail.told_by_y and tile_of(x, len(weight), geometry, fused=True) is not None:
         return _fused(x, weight, style, tail, geometry)
     x = convolution(x, weight, geometry, style)
     if up == 2 and weight.shape[-1] == 3 and tail.residual is None:
@@ -101,5 +99,5 @@ def _fused(x: Tensor, weight: Tensor, style: Tensor | None, tail: Tail, geometry
     from hsrgan.kernels.pointwise_triton import chain_of
 
     tail.check(x.new_empty(()).expand(len(x), len(weight), *geometry.size(x)))
-    stand_in, y = Convolution.apply(x, weight, style, cast(weight, x), geometry, tail)
-    return Finished.apply(stand_in, y, *tail.operands, chain_of(tail, x.dtype))
+    stand_in, y, z = Convolution.apply(x, weight, style, cast(weight, x), geometry, tail)
+    return Finished.apply(stand_in, y, *tail.operands, tail.residual, z, chain_of(tail, x.dtype))

@@ -78,8 +78,9 @@ def tile_of(x: Tensor, outputs: int, geometry: Geometry, *, fused: bool) -> Tile
 
 
 class Convolution(Function):
-    """x·scale convolved with the weight. With a `Tail` (GEMM only) two results: a stand-in for
-    the convolution, which has a shape and a gradient but no values, and y, the tail's result, without a gradient.
+    """x·scale convolved with the weight. With a `Tail` (GEMM only) three results: a stand-in for the convolution, which
+    has a shape and a gradient but no values; and without a gradient y, the tail's result before the residual, and z,
+    that with it, or None.
 
     PyTorch's own second derivative of a convolution turns the batch into channels, many times slower on a CPU.
     """
@@ -94,9 +95,9 @@ class Convolution(Function):
         from hsrgan.kernels.conv_gemm_triton import launch_gemm
 
         tile = tile_of(x, w.shape[1 if geometry.transposed else 0], geometry, fused=True)
-        y, _ = launch_gemm(x, w, geometry.size(x), tile, **_kernel(geometry), scale=scale, tail=tail)
-        ctx.mark_non_differentiable(y)
-        return y.new_zeros(()).expand(y.shape), y
+        y, z = launch_gemm(x, w, geometry.size(x), tile, **_kernel(geometry), scale=scale, tail=tail)
+        ctx.mark_non_differentiable(*[t for t in (y, z) if t is not None])
+        return y.new_zeros(()).expand(y.shape), y, z
 
     @staticmethod
     def backward(ctx, g, *_):

@@ -39,6 +39,8 @@ def record(kind, tile, chip, every_form):
             up = empty(2, c, 129, 129, dtype=dtype)
             launch_gemm(x, w, (129, 129), tile, stride=2, padding=0, transposed=True, scale=pairs)
             launch_gemm(up, w, size, tile, stride=2, padding=0, transposed=False, tail=of_style, ref=x)
+            skip = Tail(empty(c), clamp=256.0, residual=x)
+            launch_gemm(up, w, size, tile, stride=2, padding=0, transposed=False, tail=skip)
     return launches
 
 
