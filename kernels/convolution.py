@@ -12,7 +12,7 @@ and layout of the activations, made once and shared by every pass: forward, grad
 derivative. A phase uses a weight once a round, for fakes and reals together, so that this and fp16's normalisation are
 once a phase and round (tests/test_precision.py counts). Nothing is kept from one phase to the next, where some weights
 are the same still: to cast and normalise FFHQ-1024's 4.9 million half-precision weights once more moves about 0.1 GB,
-20 µs of an H200's memory in a step of 90 ms at least (`python tools/bench_train.py --model ffhq1024`), and a weight
+20 µs of an H200's memory in a step of 88 ms at least (`python tools/bench_train.py --model ffhq1024`), and a weight
 that is kept can go stale.
 """
 
@@ -97,7 +97,7 @@ class Convolution(Function):
         tile = tile_of(x, w.shape[1 if geometry.transposed else 0], geometry, fused=True)
         y, z = launch_gemm(x, w, geometry.size(x), tile, **_kernel(geometry), scale=scale, tail=tail)
         ctx.mark_non_differentiable(*[t for t in (y, z) if t is not None])
-        return y.new_zeros(()).expand(y.shape), y, z
+        return torch.zeros((), dtype=y.dtype, device=y.device).expand(y.shape), y, z
 
     @staticmethod
     def backward(ctx, g, *_):
