@@ -6,6 +6,8 @@ StyleGAN2 (arXiv 1912.04958), order of operations of one synthesis layer: convol
 relu, gain, clamp.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -136,40 +138,61 @@ def pairs(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.dtype).reshape(t.shape + (1,) * (x.ndim - 2))
 
 
-def check_bias_act(
-    x: Tensor,
-    bias: Tensor | None,
-    demod: Tensor | None,
-    noise: Tensor | None,
-    strength: Tensor | None,
-    act: str,
-    alpha: float | None,
-    clamp: float | None,
-    next_style: Tensor | None,
-    residual: Tensor | None,
-) -> None:
-    """Raise ValueError for arguments that `bias_act` does not take."""
-    if x.ndim < 2 or not x.is_floating_point():
-        raise ValueError(f"x must be a floating-point tensor [N, C, ...]; got {x.dtype} of shape {list(x.shape)}")
-    named = {
-        "bias": bias, "demod": demod, "noise": noise, "strength": strength, "next_style": next_style,
-        "residual": residual,
-    }  # fmt: skip
-    for name, t in named.items():
-        launch.check(t is None or t.device == x.device, f"{name} must be on the device of x")
-    launch.check(residual is None or residual.dtype == x.dtype, f"residual must have the dtype of x, {x.dtype}")
-    launch.check_shape(bias, "bias", x.shape[1])
-    launch.check_shape(demod, "demod", *x.shape[:2])
-    launch.check_shape(next_style, "next_style", *x.shape[:2])
-    launch.check_shape(residual, "residual", *x.shape)
-    if noise is not None and noise.shape not in ((x.shape[0], 1, *x.shape[2:]), (1, 1, *x.shape[2:])):
-        raise ValueError(f"noise must have shape [N or 1, 1, ...] of x {list(x.shape)}; got {list(noise.shape)}")
-    launch.check(strength is None or noise is not None, "strength needs noise")
-    launch.check(strength is None or strength.numel() == 1, "strength must hold one value")
-    launch.check(act in DEFAULT_GAIN, f"act must be one of {', '.join(DEFAULT_GAIN)}; got {act!r}")
-    launch.check(alpha is None or act == "lrelu", f"alpha is the slope of lrelu; act is {act!r}")
-    launch.check(alpha is None or 0 <= alpha <= 1, f"alpha must lie in 0 … 1; got {alpha}")
-    launch.check(clamp is None or clamp > 0, f"clamp must be positive; got {clamp}")
+class Tail(NamedTuple):
+    """The arguments of `bias_act` behind x, as one, for the ops that it is a part of."""
+
+    bias: Tensor | None = None
+    demod: Tensor | None = None
+    noise: Tensor | None = None
+    strength: Tensor | None = None
+    act: str = "lrelu"
+    alpha: float | None = None
+    gain: float | None = None
+    clamp: float | None = None
+    next_style: Tensor | None = None
+    residual: Tensor | None = None
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """bias, demod, noise, strength: what act is applied to, beside x."""
+        return self[:4]
+
+    @property
+    def slope(self) -> float:
+        """Of the negative side; 0 for a smooth act."""
+        return SLOPE.get(self.act, 0.0) if self.alpha is None else self.alpha
+
+    @property
+    def factor(self) -> float:
+        """The gain, or the act's own where none is given."""
+        return DEFAULT_GAIN[self.act] if self.gain is None else self.gain
+
+    @property
+    def told_by_y(self) -> bool:
+        """Do the sign and size of y tell its gradient by x? Those of a piecewise linear act and a positive gain do."""
+        return self.act in SLOPE and self.factor > 0
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError for what `bias_act` of x does not take."""
+        if x.ndim < 2 or not x.is_floating_point():
+            raise ValueError(f"x must be a floating-point tensor [N, C, ...]; got {x.dtype} of shape {list(x.shape)}")
+        noise, strength, act, alpha, residual = self.noise, self.strength, self.act, self.alpha, self.residual
+        for name in ("bias", "demod", "noise", "strength", "next_style", "residual"):
+            t = getattr(self, name)
+            launch.check(t is None or t.device == x.device, f"{name} must be on the device of x")
+        launch.check(residual is None or residual.dtype == x.dtype, f"residual must have the dtype of x, {x.dtype}")
+        launch.check_shape(self.bias, "bias", x.shape[1])
+        launch.check_shape(self.demod, "demod", *x.shape[:2])
+        launch.check_shape(self.next_style, "next_style", *x.shape[:2])
+        launch.check_shape(residual, "residual", *x.shape)
+        if noise is not None and noise.shape not in ((x.shape[0], 1, *x.shape[2:]), (1, 1, *x.shape[2:])):
+            raise ValueError(f"noise must have shape [N or 1, 1, ...] of x {list(x.shape)}; got {list(noise.shape)}")
+        launch.check(strength is None or noise is not None, "strength needs noise")
+        launch.check(strength is None or strength.numel() == 1, "strength must hold one value")
+        launch.check(act in DEFAULT_GAIN, f"act must be one of {', '.join(DEFAULT_GAIN)}; got {act!r}")
+        launch.check(alpha is None or act == "lrelu", f"alpha is the slope of lrelu; act is {act!r}")
+        launch.check(alpha is None or 0 <= alpha <= 1, f"alpha must lie in 0 … 1; got {alpha}")
+        launch.check(self.clamp is None or self.clamp > 0, f"clamp must be positive; got {self.clamp}")
 
 
 def bias_act(
@@ -193,22 +216,17 @@ def bias_act(
     Differentiable in every tensor argument, twice in Triton (a third derivative raises RuntimeError), any number of
     times in PyTorch. ValueError names an argument that does not fit.
     """
-    check_bias_act(x, bias, demod, noise, strength, act, alpha, clamp, next_style, residual)
-    gain = DEFAULT_GAIN[act] if gain is None else gain
+    tail = Tail(bias, demod, noise, strength, act, alpha, gain, clamp, next_style, residual)
+    tail.check(x)
     if launch.backend(x) == "triton":
         from hsrgan.kernels.bias_act_triton import bias_act_triton
 
-        slope = SLOPE.get(act, 0.0) if alpha is None else alpha
-        return bias_act_triton(x, bias, demod, noise, strength, act, slope, gain, clamp, next_style, residual)
-    if act not in SLOPE or gain <= 0:
-        return bias_act_torch(
-            x, bias, demod=demod, noise=noise, strength=strength, act=act, alpha=alpha, gain=gain, clamp=clamp,
-            next_style=next_style, residual=residual,
-        )  # fmt: skip
-    slope = SLOPE[act] if alpha is None else alpha
+        return bias_act_triton(x, tail)
+    if not tail.told_by_y:
+        return bias_act_torch(x, **tail._asdict())
     if clamp is not None:
         # to a value that the dtype holds: in bfloat16 0.7 becomes 0.6992, which a comparison with 0.7 calls unclamped
         clamp = torch.tensor(clamp, dtype=x.dtype).item()
-    y = _PiecewiseLinear.apply(x, bias, demod, noise, strength, slope, gain, clamp)
+    y = _PiecewiseLinear.apply(x, bias, demod, noise, strength, tail.slope, tail.factor, clamp)
     y = y if next_style is None else y * pairs(next_style, y)
     return y if residual is None else y + residual

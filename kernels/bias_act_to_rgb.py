@@ -10,7 +10,7 @@ noise that wants a gradient.
 from torch import Tensor
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.bias_act import DEFAULT_GAIN, SLOPE, bias_act, bias_act_torch, check_bias_act
+from hsrgan.kernels.bias_act import Tail, bias_act, bias_act_torch
 from hsrgan.kernels.to_rgb import MAX_OUTPUTS, check_to_rgb, to_rgb, to_rgb_torch, upsampled_for_kernel
 
 
@@ -65,16 +65,13 @@ def bias_act_to_rgb(
     ValueError names an argument that does not fit.
     """
     launch.check_images(x)
-    check_bias_act(x, bias, demod, noise, strength, act, alpha, clamp, None, None)
+    tail = Tail(bias, demod, noise, strength, act, alpha, gain, clamp)
+    tail.check(x)
     check_to_rgb(x, weight, style, image, f, "rgb_", bias=rgb_bias, clamp=rgb_clamp)
     if launch.backend(x) == "triton" and 1 <= weight.shape[0] <= MAX_OUTPUTS and not launch.wants_gradient(noise):
         from hsrgan.kernels.bias_act_to_rgb_triton import bias_act_to_rgb_triton
 
-        slope = SLOPE.get(act, 0.0) if alpha is None else alpha
-        gain = DEFAULT_GAIN[act] if gain is None else gain
-        return bias_act_to_rgb_triton(
-            x, weight, style, bias, rgb_bias, demod, noise, strength, act, slope, gain, clamp, rgb_clamp,
-            upsampled_for_kernel(image, f, x), f,
-        )  # fmt: skip
-    y = bias_act(x, bias, demod=demod, noise=noise, strength=strength, act=act, alpha=alpha, gain=gain, clamp=clamp)
+        image = upsampled_for_kernel(image, f, x)
+        return bias_act_to_rgb_triton(x, weight, style, tail, rgb_bias, rgb_clamp, image, f)
+    y = bias_act(x, **tail._asdict())
     return y, to_rgb(y, weight, style, rgb_bias, clamp=rgb_clamp, image=image, f=f)

@@ -30,12 +30,13 @@ from torch.autograd import Function
 
 from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
+from hsrgan.kernels.bias_act import Tail
 from hsrgan.kernels.bias_act_kernels import load_map, load_vector, tile_at, write_sums
 from hsrgan.kernels.bias_act_triton import Chain, First, dense, flags, numbers, pointers, second, sum_over
 from hsrgan.kernels.fir4_triton import accumulator, empty, is_nhwc
 from hsrgan.kernels.pointwise_triton import (
     SMOOTH,
-    chain_constants,
+    chain_of,
     pointwise,
     pointwise_gradient,
     pointwise_gradient_from_y,
@@ -194,15 +195,14 @@ def gradient(
 
 
 def bias_act_to_rgb_triton(
-    x: Tensor, weight: Tensor, style: Tensor, bias: Tensor | None, rgb_bias: Tensor | None, demod: Tensor | None,
-    noise: Tensor | None, strength: Tensor | None, act: str, slope: float, gain: float, clamp: float | None,
-    rgb_clamp: float | None, image: Tensor | None, f: Tensor | None,
+    x: Tensor, weight: Tensor, style: Tensor, tail: Tail, rgb_bias: Tensor | None, rgb_clamp: float | None,
+    image: Tensor | None, f: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`bias_act_to_rgb` of checked arguments. Differentiable twice; noise is a constant."""
-    constants = chain_constants(act, slope, gain, clamp, x.dtype)
+    bias, demod, noise, strength = tail.operands
     v, rgb_bias, image, f = projection(x, weight, style, rgb_bias, image, f)
     noise = None if noise is None else noise.detach()
-    return _Forward.apply(x, bias, demod, noise, strength, v, rgb_bias, image, f, constants, rgb_clamp)
+    return _Forward.apply(x, bias, demod, noise, strength, v, rgb_bias, image, f, chain_of(tail, x.dtype), rgb_clamp)
 
 
 class _Forward(Function):

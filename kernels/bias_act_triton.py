@@ -22,10 +22,10 @@ Saved for the gradients: y where it tells the side and the clamp of a piecewise 
 input, so that this costs nothing); x where y is not the output (next_style, residual), or a gradient of demod or a
 smooth act needs x itself; nothing for the plain linear act. There is no division, so that a style of 0 is harmless.
 
-`Finished` is the pass of a convolution that applies this chain itself and writes y alone. Where gdemod needs x, x =
-(p − noise·strength − bias) / demod is had back from y, p being y by the gain of its side: no pass over memory, but y
-is rounded: in half precision gdemod is off by about max(1, |noise·strength + bias| / |demod·x|) times what PyTorch's
-is. demod must not be zero (a demodulation never is).
+`Finished` is the pass of a convolution that applies this chain itself and writes y, and z where there is a residual.
+Where gdemod needs x, x = (p − noise·strength − bias) / demod is had back from y, p being y by the gain of its side: no
+pass over memory, but y is rounded: in half precision gdemod is off by about max(1, |noise·strength + bias| / |demod·x|)
+times what PyTorch's is. demod must not be zero (a demodulation never is).
 
 Bytes moved per element of b bytes, of what is as large as x:
 
@@ -47,7 +47,8 @@ from torch.autograd import Function
 
 from hsrgan.kernels import bias_act_kernels as kernels
 from hsrgan.kernels import blocks, launch
-from hsrgan.kernels.pointwise_triton import SMOOTH, chain_constants
+from hsrgan.kernels.bias_act import Tail
+from hsrgan.kernels.pointwise_triton import SMOOTH, chain_of
 from hsrgan.kernels.tiles import Walk, channels_fastest, tile, tiles_per_program, walk
 
 SMALL = ("BIAS", "DEMOD", "NOISE", "STRENGTH", "STYLE")  # the order of these operands everywhere
@@ -69,22 +70,10 @@ class Chain(NamedTuple):
         return torch.empty_strided(self.shape, self.strides, dtype=t.dtype, device=t.device)
 
 
-def bias_act_triton(
-    x: Tensor,
-    bias: Tensor | None,
-    demod: Tensor | None,
-    noise: Tensor | None,
-    strength: Tensor | None,
-    act: str,
-    slope: float,
-    gain: float,
-    clamp: float | None,
-    next_style: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def bias_act_triton(x: Tensor, tail: Tail) -> Tensor:
     """`bias_act` of checked arguments. Differentiable twice; a third derivative raises RuntimeError."""
-    constants = chain_constants(act, slope, gain, clamp, x.dtype)
-    return _Forward.apply(x, bias, demod, noise, strength, next_style, residual, constants)
+    constants = chain_of(tail, x.dtype)
+    return _Forward.apply(x, *tail.operands, tail.next_style, tail.residual, constants)
 
 
 class _Forward(Function):
@@ -124,25 +113,26 @@ class _Forward(Function):
 class Finished(Function):
     """`bias_act` of an x that was never written, because the kernel that made it wrote y at once.
 
-    x: a stand-in that has the shape of x, and takes its gradient; y: the result. A piecewise linear act, gain > 0.
-    Differentiable twice, in x, bias, demod, noise and strength.
+    x: a stand-in that has the shape of x, and takes its gradient. With a residual that kernel wrote z too, the result;
+    without one y is. A piecewise linear act, gain > 0. Differentiable twice, in x, bias, demod, noise, strength and
+    residual.
     """
 
     @staticmethod
-    def forward(ctx, x, y, bias, demod, noise, strength, constants):
+    def forward(ctx, x, y, bias, demod, noise, strength, residual, z, constants):
         ctx.chain = Chain(constants, True, y.shape, y.stride())
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, y, bias, demod, noise, strength)
-        return y.view_as(y)
+        return y.view_as(y) if z is None else z.view_as(z)
 
     @staticmethod
     def backward(ctx, gz):
-        want_x, _, *want, _ = launch.wanted(ctx)
-        if gz is None or not any([want_x, *want]):
-            return (None,) * 7
-        x, y, *small = ctx.saved_tensors
-        gx, *gsmall, _ = First.apply(gz, y, *small, None, ctx.chain, [want_x, *want, False], x)
-        return gx, None, *gsmall, None
+        want_x, _, *want, want_residual, _, _ = launch.wanted(ctx)
+        gx, gsmall = None, (None,) * 4
+        if gz is not None and any([want_x, *want]):
+            x, y, *small = ctx.saved_tensors
+            gx, *gsmall, _ = First.apply(gz, y, *small, None, ctx.chain, [want_x, *want, False], x)
+        return gx, None, *gsmall, gz if want_residual else None, None, None
 
 
 class First(Function):

@@ -2,14 +2,13 @@
 
     y = bias_act(conv2d(x), bias)
 
-On the GEMM of `conv_gemm_triton` the tail is its epilogue, wherever it follows the convolution at once and y tells the
-side of the activation: not behind the FIR of up = 2, whose own pass carries the tail, and not with a residual, under
-which y's sign is lost (the convolution's output would have to be stored as well: the pointwise pass does no worse).
+On the GEMM of `conv_gemm_triton` the tail is its epilogue, wherever it follows the convolution at once and its result
+tells the side of the activation: not behind the FIR of up = 2, whose own pass carries the tail.
 """
 
 from torch import Tensor
 
-from hsrgan.kernels.bias_act import DEFAULT_GAIN, SLOPE, bias_act, bias_act_torch, check_bias_act
+from hsrgan.kernels.bias_act import Tail, bias_act, bias_act_torch
 from hsrgan.kernels.conv2d import (
     after,
     before,
@@ -62,7 +61,8 @@ def conv2d_bias_act(
     """
     check_conv2d(x, weight, up, down, f)
     x = before(x, weight, down, f, blurred)
-    return layer(x, weight, None, bias, up=up, down=down, f=f, act=act, gain=gain, clamp=clamp, residual=residual)
+    tail = Tail(bias, act=act, gain=gain, clamp=clamp, residual=residual)
+    return layer(x, weight, None, tail, up=up, down=down, f=f)
 
 
 def finishes(x: Tensor, weight: Tensor) -> bool:
@@ -74,47 +74,30 @@ def layer(
     x: Tensor,
     weight: Tensor,
     style: Tensor | None,
-    bias: Tensor | None,
+    tail: Tail,
     *,
     up: int = 1,
     down: int = 1,
     f: Tensor | None,
-    demod: Tensor | None = None,
-    noise: Tensor | None = None,
-    strength: Tensor | None = None,
-    act: str,
-    gain: float | None,
-    clamp: float | None,
-    residual: Tensor | None = None,
 ) -> Tensor:
-    """One layer of either network behind the FIR of down = 2, if any: of x·style, demodulated by demod."""
+    """One layer of either network behind the FIR of down = 2, if any: of x·style, with its tail."""
     geometry = geometry_of(weight, up, down)
-    gain = DEFAULT_GAIN.get(act, 1.0) if gain is None else gain
-    tail = {"demod": demod, "noise": noise, "strength": strength}
-    fused = up == 1 and residual is None and act in SLOPE and gain > 0
-    if fused and tile_of(x, len(weight), geometry, fused=True) is not None:
-        return _fused(x, weight, style, bias, geometry, act, gain, clamp, **tail)
+    if up == 1 and tail.told_by_y and tile_of(x, len(weight), geometry, fused=True) is not None:
+        return _fused(x, weight, style, tail, geometry)
     x = convolution(x, weight, geometry, style)
-    if up == 2 and weight.shape[-1] == 3 and residual is None:
+    if up == 2 and weight.shape[-1] == 3 and tail.residual is None:
         return fir_bias_act(
-            x, f, bias, padding=transposed_padding(f), gain=4, act=act, act_gain=gain, clamp=clamp, **tail
+            x, f, tail.bias, padding=transposed_padding(f), gain=4, demod=tail.demod, noise=tail.noise,
+            strength=tail.strength, act=tail.act, alpha=tail.alpha, act_gain=tail.gain, clamp=tail.clamp,
         )  # fmt: skip
-    x = after(x, weight, up, f)
-    return bias_act(x, bias, act=act, gain=gain, clamp=clamp, residual=residual, **tail)
+    return bias_act(after(x, weight, up, f), **tail._asdict())
 
 
-def _fused(
-    x: Tensor, weight: Tensor, style: Tensor | None, bias: Tensor | None, geometry: Geometry, act: str, gain: float,
-    clamp: float | None, demod: Tensor | None, noise: Tensor | None, strength: Tensor | None,
-) -> Tensor:  # fmt: skip
+def _fused(x: Tensor, weight: Tensor, style: Tensor | None, tail: Tail, geometry: Geometry) -> Tensor:
     """`layer` in one pass over memory, forward."""
     from hsrgan.kernels.bias_act_triton import Finished
-    from hsrgan.kernels.conv_gemm_triton import Tail
-    from hsrgan.kernels.pointwise_triton import chain_constants
+    from hsrgan.kernels.pointwise_triton import chain_of
 
-    result = x.new_empty(()).expand(len(x), len(weight), *geometry.size(x))
-    check_bias_act(result, bias, demod, noise, strength, act, None, clamp, None, None)
-    chain = chain_constants(act, SLOPE[act], gain, clamp, x.dtype)
-    tail = Tail(bias, demod, noise, strength, chain)
-    stand_in, y = Convolution.apply(x, weight, style, cast(weight, x), geometry, tail)
-    return Finished.apply(stand_in, y, bias, demod, noise, strength, chain)
+    tail.check(x.new_empty(()).expand(len(x), len(weight), *geometry.size(x)))
+    stand_in, y, z = Convolution.apply(x, weight, style, cast(weight, x), geometry, tail)
+    return Finished.apply(stand_in, y, *tail.operands, tail.residual, z, chain_of(tail, x.dtype))

@@ -9,8 +9,8 @@ No device has been measured yet: MEASURED is empty, and a rule decides, from the
 Weight gradients have a kernel and a rule of their own, `conv_wgrad_triton.fits`.
 
 By the floors of all that is launched (H200's data sheet; `python tools/bench_kernels.py` without a GPU prints them),
-forward at 1024² and batch 8, GEMM against library: G's conv1 231 and 678 µs, conv0 399 and 511, fromRGB 122 and 346;
-D's conv0, conv1 and skip, with nothing to fuse, the same.
+forward at 1024² and batch 8, GEMM against library: G's conv1 231 and 678 µs, conv0 399 and 511, D's fromRGB 122 and
+346, conv1 + skip 504 and 560; D's conv0 and skip, with nothing to fuse, the same.
 
 A measurement is one line of MEASURED, for a shape and an architecture, and goes before the rule.
 """

@@ -8,7 +8,12 @@ Every derivative of one is made of these three, so that any order holds; gradien
 computed. Which implementation runs is asked for each of them by `conv_table`, by its own shape.
 
 The weight comes as a pair: the parameter, to which the gradient goes in its own precision, and its `cast` in the dtype
-and layout of the activations, made once and shared by every pass.
+and layout of the activations, made once and shared by every pass: forward, gradients, R1's and path length's second
+derivative. A phase uses a weight once a round, for fakes and reals together, so that this and fp16's normalisation are
+once a phase and round (tests/test_precision.py counts). Nothing is kept from one phase to the next, where some weights
+are the same still: to cast and normalise FFHQ-1024's 4.9 million half-precision weights once more moves about 0.1 GB,
+20 µs of an H200's memory in a step of 88 ms at least (`python tools/bench_train.py --model ffhq1024`), and a weight
+that is kept can go stale.
 """
 
 from collections.abc import Iterator
@@ -20,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.bias_act import pairs
+from hsrgan.kernels.bias_act import Tail, pairs
 from hsrgan.kernels.conv_table import Shape, Tile, choose, forced
 from hsrgan.kernels.tiles import is_nhwc
 
@@ -73,8 +78,9 @@ def tile_of(x: Tensor, outputs: int, geometry: Geometry, *, fused: bool) -> Tile
 
 
 class Convolution(Function):
-    """x·scale convolved with the weight. With a tail (a `conv_gemm_triton.Tail`, GEMM only) two results: a stand-in for
-    the convolution, which has a shape and a gradient but no values, and y, the tail's result, without a gradient.
+    """x·scale convolved with the weight. With a `Tail` (GEMM only) three results: a stand-in for the convolution, which
+    has a shape and a gradient but no values; and without a gradient y, the tail's result before the residual, and z,
+    that with it, or None.
 
     PyTorch's own second derivative of a convolution turns the batch into channels, many times slower on a CPU.
     """
@@ -89,9 +95,9 @@ class Convolution(Function):
         from hsrgan.kernels.conv_gemm_triton import launch_gemm
 
         tile = tile_of(x, w.shape[1 if geometry.transposed else 0], geometry, fused=True)
-        y, _ = launch_gemm(x, w, geometry.size(x), tile, **_kernel(geometry), scale=scale, tail=tail)
-        ctx.mark_non_differentiable(y)
-        return y.new_zeros(()).expand(y.shape), y
+        y, z = launch_gemm(x, w, geometry.size(x), tile, **_kernel(geometry), scale=scale, tail=tail)
+        ctx.mark_non_differentiable(*[t for t in (y, z) if t is not None])
+        return torch.zeros((), dtype=y.dtype, device=y.device).expand(y.shape), y, z
 
     @staticmethod
     def backward(ctx, g, *_):
@@ -123,10 +129,10 @@ class InputGradient(Function):
         if tile is None:
             u = convolve(g, w, adjoint)
             return u * pairs(scale, u), _over_pixels(u, x).to(scale.dtype)
-        from hsrgan.kernels.conv_gemm_triton import Tail, launch_gemm
+        from hsrgan.kernels.conv_gemm_triton import launch_gemm
 
         gx, gscale = launch_gemm(
-            g, w, adjoint.size(g), tile, **_kernel(adjoint), tail=Tail(demod=scale), ref=x
+            g, w, adjoint.size(g), tile, **_kernel(adjoint), tail=Tail(demod=scale, act="linear"), ref=x
         )  # fmt: skip
         return gx, gscale.to(scale.dtype)
 

@@ -11,7 +11,7 @@ gradient.
 from torch import Tensor
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.bias_act import DEFAULT_GAIN, SLOPE, bias_act, bias_act_torch, check_bias_act
+from hsrgan.kernels.bias_act import Tail, bias_act, bias_act_torch
 from hsrgan.kernels.upfirdn2d import Pair, check_filter, output_shape, paddings, pair, upfirdn2d, upfirdn2d_torch
 
 
@@ -89,22 +89,16 @@ def fir_bias_act(
     rates, sides = pair(up, "up"), paddings(padding)
     shape = output_shape(x, f, rates, (1, 1), sides)
     like = x[:, :, :1, :1].expand(shape) if x.numel() else x.new_empty(0).as_strided(shape, (0, 0, 0, 0))
-    check_bias_act(like, bias, demod, noise, strength, act, alpha, clamp, next_style, None)
-    act_gain = DEFAULT_GAIN[act] if act_gain is None else act_gain
+    tail = Tail(bias, demod, noise, strength, act, alpha, act_gain, clamp, next_style)
+    tail.check(like)
     fits = rates == (1, 1) and next_style is None and not launch.wants_gradient(noise)
-    if launch.backend(x) == "triton" and fits and _fusible(f, act, act_gain):
+    if launch.backend(x) == "triton" and fits and _fusible(f, tail):
         from hsrgan.kernels.fir_chain_triton import fir_bias_act_triton, gradient_fits
 
         if gradient_fits(sides):
-            slope = SLOPE[act] if alpha is None else alpha
-            return fir_bias_act_triton(
-                x, f.detach(), bias, demod, noise, strength, slope, act_gain, clamp, sides, flip_filter, gain
-            )
+            return fir_bias_act_triton(x, f.detach(), tail, sides, flip_filter, gain)
     x = upfirdn2d(x, f, up=up, padding=padding, flip_filter=flip_filter, gain=gain)
-    return bias_act(
-        x, bias, demod=demod, noise=noise, strength=strength, act=act, alpha=alpha, gain=act_gain, clamp=clamp,
-        next_style=next_style,
-    )  # fmt: skip
+    return bias_act(x, **tail._asdict())
 
 
 def bias_act_fir(
@@ -130,16 +124,15 @@ def bias_act_fir(
     check_filter(f, x)
     rates, sides = pair(down, "down"), paddings(padding)
     output_shape(x, f, (1, 1), rates, sides)
-    check_bias_act(x, bias, None, None, None, act, alpha, clamp, None, None)
-    act_gain = DEFAULT_GAIN[act] if act_gain is None else act_gain
-    if launch.backend(x) == "triton" and rates == (1, 1) and _fusible(f, act, act_gain):
+    tail = Tail(bias, act=act, alpha=alpha, gain=act_gain, clamp=clamp)
+    tail.check(x)
+    if launch.backend(x) == "triton" and rates == (1, 1) and _fusible(f, tail):
         from hsrgan.kernels.fir_chain_triton import bias_act_fir_triton
 
-        slope = SLOPE[act] if alpha is None else alpha
-        return bias_act_fir_triton(x, f.detach(), bias, slope, act_gain, clamp, sides, flip_filter, gain)
-    x = bias_act(x, bias, act=act, alpha=alpha, gain=act_gain, clamp=clamp)
+        return bias_act_fir_triton(x, f.detach(), tail, sides, flip_filter, gain)
+    x = bias_act(x, **tail._asdict())
     return upfirdn2d(x, f, down=down, padding=padding, flip_filter=flip_filter, gain=gain)
 
 
-def _fusible(f: Tensor | None, act: str, act_gain: float) -> bool:
-    return f is not None and f.shape == (4,) and act in SLOPE and act_gain > 0
+def _fusible(f: Tensor | None, tail: Tail) -> bool:
+    return f is not None and f.shape == (4,) and tail.told_by_y

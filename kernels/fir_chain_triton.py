@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hsrgan.kernels import launch
+from hsrgan.kernels.bias_act import Tail
 from hsrgan.kernels.fir4_triton import Sides, centre, empty, is_nhwc, launch_fir4
-from hsrgan.kernels.pointwise_triton import chain_constants
+from hsrgan.kernels.pointwise_triton import chain_of
 
 
 class _Blur(NamedTuple):
@@ -65,13 +66,10 @@ def gradient_fits(sides: Sides) -> bool:
     return centre(tuple(3 - side for side in sides)) >= 0
 
 
-def fir_bias_act_triton(
-    x: Tensor, f: Tensor, bias: Tensor | None, demod: Tensor | None, noise: Tensor | None, strength: Tensor | None,
-    slope: float, act_gain: float, clamp: float | None, sides: Sides, flip: bool, gain: float,
-) -> Tensor:  # fmt: skip
+def fir_bias_act_triton(x: Tensor, f: Tensor, tail: Tail, sides: Sides, flip: bool, gain: float) -> Tensor:
     """`fir_bias_act` at rate 1 of checked arguments. Differentiable twice in x, bias, demod, strength."""
-    blur = _Blur(sides, flip, float(gain), chain_constants("lrelu", slope, act_gain, clamp, x.dtype))
-    return _FirBiasAct.apply(x, f, bias, demod, noise, strength, blur)
+    blur = _Blur(sides, flip, float(gain), chain_of(tail, x.dtype))
+    return _FirBiasAct.apply(x, f, *tail.operands, blur)
 
 
 class _FirBiasAct(Function):
@@ -158,13 +156,10 @@ class _Tangent(Function):
         raise RuntimeError("fir_bias_act has two derivatives in Triton; a third needs HSRGAN_BACKEND=torch")
 
 
-def bias_act_fir_triton(
-    x: Tensor, f: Tensor, bias: Tensor | None, slope: float, act_gain: float, clamp: float | None, sides: Sides,
-    flip: bool, gain: float,
-) -> Tensor:  # fmt: skip
+def bias_act_fir_triton(x: Tensor, f: Tensor, tail: Tail, sides: Sides, flip: bool, gain: float) -> Tensor:
     """`bias_act_fir` at rate 1 of checked arguments. Differentiable any number of times in x and bias."""
-    blur = _Blur(sides, flip, float(gain), chain_constants("lrelu", slope, act_gain, clamp, x.dtype))
-    return _BiasActFir.apply(x, f, bias, blur)
+    blur = _Blur(sides, flip, float(gain), chain_of(tail, x.dtype))
+    return _BiasActFir.apply(x, f, tail.bias, blur)
 
 
 class _BiasActFir(Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hsrgan.kernels import launch
-from hsrgan.kernels.bias_act import bias_act_torch
+from hsrgan.kernels.bias_act import Tail, bias_act_torch
 from hsrgan.kernels.conv2d import check_conv2d, conv2d_torch, convolution, geometry_of
 from hsrgan.kernels.conv2d_bias_act import layer
 
@@ -77,9 +77,8 @@ def modulated_conv2d(
     """
     check_conv2d(x, weight, up, 1, f)
     weight, style, demod = _normalized(x, weight, style, demodulate)
-    return layer(
-        x, weight, style, bias, up=up, f=f, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp
-    )
+    tail = Tail(bias, demod, noise, strength, act, gain=gain, clamp=clamp)
+    return layer(x, weight, style, tail, up=up, f=f)
 
 
 def modulated_convolution(

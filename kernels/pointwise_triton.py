@@ -3,7 +3,7 @@
     p = x·demod + noise·strength + bias        y = clamp(act(p)·gain, ±clamp)
 
 All functions take blocks of one floating-point type (fp32, or fp64 for fp64 tensors: cast loads first) and return
-blocks of it. The constants come from `chain_constants`:
+blocks of it. The constants come from `chain_of`:
 
     ACT    "lrelu" (piecewise linear: relu and linear are slopes 0 and 1), "swish", "tanh", "sigmoid"
     SLOPE  of the negative side of lrelu
@@ -19,12 +19,18 @@ import torch
 import triton
 import triton.language as tl
 
+from hsrgan.kernels.bias_act import Tail
+
 SMOOTH = ("swish", "tanh", "sigmoid")
 
 
-@functools.cache
-def chain_constants(act: str, slope: float, gain: float, clamp: float | None, dtype: torch.dtype) -> dict[str, object]:
+def chain_of(tail: Tail, dtype: torch.dtype) -> dict[str, object]:
     """The constexprs ACT, SLOPE, GAIN, CLAMP. dtype: of the activations; the clamp is rounded to it, as they are."""
+    return _constants(tail.act, tail.slope, tail.factor, tail.clamp, dtype)
+
+
+@functools.cache
+def _constants(act: str, slope: float, gain: float, clamp: float | None, dtype: torch.dtype) -> dict[str, object]:
     if clamp is not None:
         clamp = torch.tensor(clamp, dtype=dtype).item()
     act, slope = (act, 0.0) if act in SMOOTH else ("lrelu", float(slope))

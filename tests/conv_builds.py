@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from hsrgan.kernels import builds, launch
-from hsrgan.kernels.conv_gemm_triton import Tail, launch_gemm
+from hsrgan.kernels.bias_act import Tail
+from hsrgan.kernels.conv_gemm_triton import launch_gemm
 from hsrgan.kernels.conv_table import TILES
-from hsrgan.kernels.pointwise_triton import chain_constants
 from hsrgan.tools import kernel_shapes
 
 DTYPES = {"half": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
@@ -28,17 +28,19 @@ def record(kind, tile, chip, every_form):
         return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
 
     x, w, pairs = empty(2, c, *size, dtype=dtype), empty(c, c, 3, 3, dtype=dtype), empty(2, c)
-    chain = chain_constants("lrelu", 0.2, 2**0.5, 256.0, dtype)
-    tail = Tail(empty(c), pairs, empty(2, 1, *size), empty(1), chain)
+    tail = Tail(empty(c), pairs, empty(2, 1, *size), empty(1), clamp=256.0)
+    of_style = Tail(demod=pairs, act="linear")
     launch.allow_tf32(kind == "tf32")
     with launch.record(chip) as launches:
         launch_gemm(x, w, size, tile, stride=1, padding=1, transposed=False, scale=pairs, tail=tail)
         if kind == "half" and tile.outputs >= 128:
-            launch_gemm(x, w, size, tile, stride=1, padding=1, transposed=True, tail=Tail(demod=pairs), ref=x)
+            launch_gemm(x, w, size, tile, stride=1, padding=1, transposed=True, tail=of_style, ref=x)
         if every_form:
             up = empty(2, c, 129, 129, dtype=dtype)
             launch_gemm(x, w, (129, 129), tile, stride=2, padding=0, transposed=True, scale=pairs)
-            launch_gemm(up, w, size, tile, stride=2, padding=0, transposed=False, tail=Tail(demod=pairs), ref=x)
+            launch_gemm(up, w, size, tile, stride=2, padding=0, transposed=False, tail=of_style, ref=x)
+            skip = Tail(empty(c), clamp=256.0, residual=x)
+            launch_gemm(up, w, size, tile, stride=2, padding=0, transposed=False, tail=skip)
     return launches
 
 

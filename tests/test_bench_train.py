@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.graphs import Graphs, direct
-from hsrgan.kernels import bias_act, bias_act_torch, feature_match
+from hsrgan.kernels import bias_act, bias_act_torch, conv2d, feature_match, use_convolution
 from hsrgan.kernels.builds import GPUS
 from hsrgan.tools import bench_train, kernel_shapes, train_gpu, train_model, train_stylegan3, train_variants
 from hsrgan.tools.plain_training import plain_training, random_teacher
@@ -92,6 +92,21 @@ def test_launches_are_counted_and_hold_no_memory():
 def test_costs_add_up():
     total = Cost(1, 2.0, 3.0, 4.0, 5.0).plus(Cost(10, 10.0, 10.0, 10.0, 10.0), 0.5)
     assert total == Cost(6, 7.0, 8.0, 9.0, 10.0)
+
+
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
+def test_products_of_convolutions_are_counted(up, down):
+    """The GEMM's and the weight gradient's are those of the definition: so they overlap with their own bytes."""
+    t = plain_training(train_variants.recipe(variant()), torch.device("meta"), {})
+    x, w, f = meta(4, 32, 16, 16), meta(48, 32, 3, 3, dtype=torch.float32), meta(4, dtype=torch.float32)
+    leaves, found = [x.requires_grad_(), w.requires_grad_()], {}
+    for backend in ("triton", "torch"):
+        with use_convolution("gemm"), counting(t, H200, backend) as counter:
+            y = conv2d(*leaves, up=up, down=down, f=f)
+            torch.autograd.grad(y, leaves, torch.empty_like(y))
+        found[backend] = counter.cost.half
+    products = 2 * 9 * 4 * 32 * 48 * 16 * 16 / down**2
+    assert found == {"triton": 3 * products, "torch": 3 * products}
 
 
 def test_products_of_hsr_are_counted_and_others_are_told_by_the_definitions():

@@ -96,6 +96,7 @@ def modulated(k=3, up=1, noise=True, bias=True, sizes="contract", **options):
 CONTRACTS = {
     "conv2d": conv2d(1),
     "conv2d_bias_act": layer(1, clamp=0.8),
+    "conv2d_bias_act-residual": layer(1, residual=True, clamp=0.8),
     "modulated_conv2d": modulated(1, clamp=0.8),
 }
 
@@ -174,7 +175,10 @@ def test_terms_that_are_absent(options):
     same(modulated(1, clamp=0.8, **options), 2, 3, 1, 2)
 
 
-@pytest.mark.parametrize("one", [conv2d(3), conv2d(3, up=2), conv2d(3, down=2), modulated()], ids=lambda one: one.name)
+PROGRAMS = [conv2d(3), conv2d(3, up=2), conv2d(3, down=2), modulated(), layer(1, residual=True, gain=0.7)]
+
+
+@pytest.mark.parametrize("one", PROGRAMS, ids=lambda one: one.name)
 def test_more_than_one_program_along_every_axis(one, monkeypatch):
     """Tiles of 16 pixels, 16 outputs and 16 inputs: 2 samples, several tiles and blocks, 2 steps of channels."""
     monkeypatch.setattr(conv_table, "default_tile", lambda *_: conv_table.Tile(16, 16, 16, 4, 2))

@@ -115,11 +115,11 @@ def test_a_weight_is_cast_once_for_a_forward_pass_a_penalty_and_its_gradient(lay
         ("modulated_conv2d", {"conv_gemm": 1}),
         ("modulated_conv2d up", {"conv_gemm": 1, "fir4": 1}),
         ("conv2d_bias_act", {"conv_gemm": 1}),
-        ("conv2d_bias_act residual", {"conv_gemm": 1, "forward": 1}),
+        ("conv2d_bias_act residual", {"conv_gemm": 1}),
     ],
 )
 def test_launches_of_a_layer(op, expected):
-    """Forward by the GEMM: the pointwise tail is in its epilogue, or in the FIR's, or beside the residual."""
+    """Forward by the GEMM: the pointwise tail, residual included, is in its epilogue, or in the FIR's."""
     x, weight, style, bias = meta(2, 16, 4, 4), meta(16, 16, 3, 3), meta(2, 16), meta(16)
     with use_convolution("gemm"), launch.record() as launches:
         if op.startswith("modulated"):

@@ -1,5 +1,5 @@
 """fp16 and bf16 beside fp32: losses and gradients of the four phases within the format's bounds, what fp16's range
-costs and the loss scale saves, and training at ten times the learning rate.
+costs and the loss scale saves, how often a weight is cast, and training at ten times the learning rate.
 
 The bound on a gradient. L layers with leaky ReLU compute in half precision. Each makes three roundings (input, weight,
 output) of relative size ε/2 at most, so √(ε²/12) on average; behind ℓ layers a pre-activation u ~ N(0, σ²) is off by
@@ -11,6 +11,7 @@ is quadratic in that gradient, twice as well. The loss of a main phase is off by
 """
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsrgan.engine import distributed, phases
 from hsrgan.engine.config import Recipe
-from hsrgan.engine.phases import build_phases, rounds
+from hsrgan.engine.layers import Conv, SynthesisLayer, ToRGB
+from hsrgan.engine.phases import build_phases, rounds, run_phase
 from hsrgan.engine.teacher import load_teacher
 from hsrgan.tools.plain_training import plain_training
 
@@ -202,6 +204,53 @@ def test_the_loss_scale_rounds_nothing():
     for name in PASSES:
         (loss, found), (true_loss, truth) = gradients(made, name), gradients(whole, name)
         assert torch.equal(loss, true_loss) and all(torch.equal(found[key], value) for key, value in truth.items())
+
+
+# ---- casts
+
+
+class Casts(TorchDispatchMode):
+    """Counts the weights that are cast to half precision, and those that are normalised for fp16, by their sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.cast, self.normalized = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        into = {torch.ops.aten._to_copy.default: self.cast, torch.ops.aten.amax.default: self.normalized}.get(func)
+        if into is not None and args[0].shape[2:] in ((1, 1), (3, 3)):
+            into[sizes(args[0])] += func == torch.ops.aten.amax.default or out.itemsize < args[0].itemsize
+        return out
+
+
+def sizes(weight: torch.Tensor) -> tuple[int, ...]:
+    """In order: an up-convolution's weight is cast transposed."""
+    return tuple(sorted(weight.shape))
+
+
+def weights(net: torch.nn.Module, *kinds: type) -> Counter:
+    """Sizes of the weights that meet half-precision activations."""
+    blocks = [block for block in net.modules() if getattr(block, "half_dtype", None)]
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, kinds)]
+    return Counter(sizes(layer.weight) for layer in layers)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("precision", EPS)
+def test_a_step_casts_each_weight_once_a_phase_and_round(precision, accumulation):
+    """R1 and path length take their second derivatives with what the forward pass has cast."""
+    t, all_phases, reals = prepared(small_recipe(precision=precision, accumulation=accumulation, hsr=None))
+    modulated, in_g, in_d = (weights(net.module, *kinds) for net, *kinds in (
+        (t.g, SynthesisLayer), (t.g, SynthesisLayer, ToRGB), (t.d, Conv)))  # fmt: skip
+    assert modulated.total() == LAYERS["G"] and in_d.total() == LAYERS["D"] + 2  # and two skips
+    for phase in all_phases:
+        with Casts() as casts:
+            run_phase(phase, t, 0, reals, torch.zeros(len(reals), 0))
+        used = [net for letter, net in (("G", in_g), ("D", in_d)) if letter in PASSES[phase.name]]
+        assert casts.cast == sum(used * accumulation, Counter()), phase.name
+        used = [modulated] if precision == "fp16" and "G" in PASSES[phase.name] else []
+        assert casts.normalized == sum(used * accumulation, Counter()), phase.name
 
 
 # ---- ten times the learning rate

@@ -4,7 +4,7 @@ Every phase runs on tensors without values. Each call of PyTorch's and each laun
 kernel, whose time is at least its bytes at the data sheet's bandwidth (each tensor read or written once) or its
 products at the data sheet's rate; the phase's floor is their sum. Nothing is faster than that; how near it a GPU comes
 is not said. Launches cost no time here, so graphs change their number alone. Products that the definitions have and no
-counted kernel accounts for (a Triton convolution) are added at the data sheet's rate.
+counted kernel accounts for (toRGB's) are added at the data sheet's rate.
 
 Peak memory counts parameters, Adam's moments, the averaged G, the teacher and, within the hungriest phase, every live
 tensor (activations, gradients, inputs); with graphs also all phases' static inputs and gradients. It leaves out
@@ -128,7 +128,13 @@ def products(func, args, kwargs, out) -> float:
 
 
 def launch_products(one: Launch) -> float:
-    """Of HSR's kernels (feature_pool_triton); other kernels' products are told by the definitions."""
+    """Of convolutions and of HSR's kernels (feature_pool_triton); others' products are told by the definitions."""
+    if one.kernel.__name__ == "conv_gemm":  # every tap at every pixel of the smaller side
+        x, w, y = one.arguments[0], one.arguments[1], one.arguments[3]
+        return 2.0 * w.numel() * min(t.numel() // max(t.shape[1], 1) for t in (x, y))
+    if one.kernel.__name__ == "wgrad_kernel":
+        x, g = one.arguments[:2]
+        return 2.0 * one.constants["K"] ** 2 * x.shape[1] * g.numel()
     places = {"pool_kernel": (0, 1), "dx_kernel": (4, 0), "dw_kernel": (0, 1)}  # of the map and of what has K
     function = one.kernel.fn
     if function.__module__ != "hsrgan.kernels.feature_pool_triton":
