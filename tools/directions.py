@@ -25,6 +25,7 @@ from safetensors import safe_open
 
 from hsrgan.engine import factorised
 from hsrgan.engine.aside import written_aside
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.direction_sheet import STRENGTHS, contact_sheet
 from hsrgan.engine.distributed import World
 from hsrgan.engine.edits import parse_layers
@@ -48,7 +49,7 @@ from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
 from hsrgan.tools import options
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+app = CommandLine(no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="The directions file to write; .png and .json go beside it.")]
 Count = Annotated[int, typer.Option(min=1, help="How many directions, the strongest first.")]

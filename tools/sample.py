@@ -11,6 +11,7 @@ import typer
 from torch import Tensor
 
 from hsrgan.engine.aside import check_writable
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.edits import Edits, parse_layers, read_edits
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.latents import Latents, save_latents
@@ -35,7 +36,7 @@ from hsrgan.tools.options import Start
 
 STRENGTHS = 7  # rows of an edit's range
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 @dataclass(frozen=True)

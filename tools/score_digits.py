@@ -35,6 +35,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hsrgan.engine.aside import written_aside
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.pictures import save_png, to_uint8
 from hsrgan.engine.sampler import MAX_SEED, check_psi, generate, place
@@ -47,7 +48,7 @@ SURE = 0.9
 SHOWN = 100  # samples in the picture
 CAPTION = 14  # pixels below each of them
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 class DigitClassifier:

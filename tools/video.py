@@ -12,6 +12,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.edits import Edits, read_edits
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.latent_paths import KeyFrames, swing
@@ -23,7 +24,7 @@ from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.video_file import load_av, mp4
 from hsrgan.tools import options
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 def parse_grid(text: str) -> tuple[int, int]:
