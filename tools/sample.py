@@ -138,7 +138,7 @@ def main(
     ] = None,
     noise: options.NoiseMode = Noise.const,
     edit: options.Edit = None,
-    directions: options.DirectionsFile = None,
+    directions: options.DirectionsFiles = None,
     mix: Annotated[
         str | None,
         typer.Option(help="Style mixing: seeds of the rows, whose pictures take --mix-layers from the column's seed."),
@@ -178,7 +178,7 @@ def main(
         psis = parse_psis(psi)
         options.check_cutoff(cutoff, generator, snapshot)
         labels = options.read_label(label, generator, snapshot, metadata["dataset"])
-        edits = read_edits(edit or [], directions, generator, snapshot)
+        edits = read_edits(edit or [], directions or [], generator, snapshot)
         if mix_layers is not None and mix is None:
             raise UserError(f"--mix-layers {mix_layers} needs --mix: the seeds of the rows")
         _one_kind_of_rows({
