@@ -455,7 +455,7 @@ MISTAKES = {
     "critic without a weight": (
         (), ["projected={teacher: t.safetensors, layers: [2], weight: 0}"], 1,
         "override projected={teacher: t.safetensors, layers: [2], weight: 0}: projected.weight is 0, allowed: "
-        "a number above 0",
+        "a number above 0; to train without it set the section to null",
     ),
     "another loss": (
         (), ["objective.loss=wgan"], 1,
@@ -640,7 +640,7 @@ def test_a_checkpoint_of_other_networks_is_refused(load, override, was, now):
 
 
 def test_a_checkpoint_of_the_same_networks_is_welcome(load):
-    other = load(PLAIN, "r1.gamma=2", "batch=64", "precision=bf16", "hsr.weight=0", "zero_stage=1", "run_dir=x")
+    other = load(PLAIN, "r1.gamma=2", "batch=64", "precision=bf16", "hsr.weight=0.5", "zero_stage=1", "run_dir=x")
     assert recipe_differences(load(PLAIN), other)
     check_same_networks(load(PLAIN), other, checkpoint="c")
     other = load(HEADED, "projected.weight=2", "objective.loss=hinge", "r2.gamma=1")
