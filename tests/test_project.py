@@ -100,6 +100,19 @@ def test_as_a_script_in_w_plus_with_labels_by_another_teacher(folder, tmp_path):
     assert latents.space == "w+" and not torch.equal(latents.w[:, 0], latents.w[:, 1])
 
 
+def test_the_recipes_teacher_is_looked_for_from_here(tmp_path, monkeypatch):
+    """The quickstart names it by a relative path."""
+    snapshot = save_quickstart(tmp_path / "m.safetensors")
+    Image.fromarray(digits(1, 16)[0, 0].numpy()).save(tmp_path / "digit.png")
+    arguments = (snapshot, tmp_path / "digit.png", "--steps", 1, "--out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    line = _line(*arguments)
+    assert "teacher file recipes/digits_teacher.safetensors does not exist" in line
+    assert f"go where it was trained (this is {tmp_path}), or name one with --teacher" in line
+    monkeypatch.chdir(ROOT)
+    assert _run(*arguments).exit_code == 0
+
+
 def test_the_label_is_where_it_begins(folder):
     generator, metadata = load_snapshot(folder / "labelled.safetensors")
 
