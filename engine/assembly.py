@@ -29,7 +29,7 @@ from hsrgan.engine.shard_sources import open_shards
 from hsrgan.engine.shards import Manifest
 from hsrgan.engine.stats import Meter
 from hsrgan.engine.teacher import Teacher, load_teacher
-from hsrgan.engine.transfer import start_from
+from hsrgan.engine.transfer import start_from, targets_of
 
 HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 HEADS = {"fp32": None, "fp16": torch.bfloat16, "bf16": torch.bfloat16}  # nothing clamps what HSR's heads compute
@@ -139,7 +139,8 @@ def first_values(
     report = None
     if recipe.init_from:
         classes = manifest.class_names if recipe.data.labels else ()
-        report = start_from(recipe.init_from, g_module, discriminator, g_ema, classes)
+        targets = targets_of(recipe.model_dump(mode="json"))
+        report = start_from(recipe.init_from, g_module, discriminator, g_ema, classes, targets)
     check_known(frozen, report and {network: report.new(network) for network in frozen})
     if report and world.first:
         if keep:

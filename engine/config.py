@@ -187,9 +187,11 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
-def check_paths(recipe: Recipe) -> None:
-    """Raise `UserError` when a file that the recipe reads is missing (not init_from: only the first start reads it)."""
-    paths = {"data.shards": recipe.data.shards}
+def check_paths(recipe: Recipe, *, data: bool = True) -> None:
+    """Raise `UserError` when a file that the recipe reads is missing (not init_from: only the first start reads it).
+    data: look for its shards too.
+    """
+    paths = {"data.shards": recipe.data.shards} if data else {}
     for name, section in recipe.on_teachers.items():
         paths[f"{name}.weights"] = section.weights
         paths[f"{name}.teacher"] = section.teacher if section.teacher.endswith(".safetensors") else None

@@ -22,12 +22,14 @@ from rich.table import Table
 from torch import nn
 
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
-from hsrgan.engine.config import Recipe, check_same_networks
+from hsrgan.engine.config import Recipe, check_paths, check_same_networks
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.freezing import frozen_parameters
 from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
+from hsrgan.engine.power_ema import part_name
 from hsrgan.engine.run_state import GeneratorWithHeads, Training
+from hsrgan.engine.scoring import scorer_of
 from hsrgan.engine.shards import Manifest
 
 PROBE_STEPS = 20
@@ -65,7 +67,7 @@ def memory(recipe: Recipe, networks: dict[str, int], ranks: int, fixed: int) -> 
     """For each ZeRO stage, bytes on one rank by kind, without activations.
 
     networks: trained parameters of G with its heads ("G") and of D ("D"); "average": values of G's state dict. fixed:
-    bytes of the teacher and of both networks' buffers.
+    bytes of the teacher, of the metrics' networks and of both networks' buffers.
 
     whole: this trainer takes a phase's derivatives itself, so that the gradients of the network that it steps are there
     whole, and once more as they are handed over; from stage 1 on again in the buffer that is reduced, which stage 3
@@ -252,6 +254,7 @@ def _kept(phase: Phase, t: Training, images: int, reals: torch.Tensor, labels: t
 
 def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float] = time.perf_counter) -> None:
     """Print tables and, as the last line, the same figures as JSON (bytes and seconds). Every rank calls it."""
+    check_paths(recipe, data=False)
     console = Console(highlight=False, quiet=not world.first)
     if not console.is_terminal:
         console.width = 120
@@ -263,7 +266,9 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
         values["D"] = nbytes(discriminator.state_dict().values()) // FP32
         networks = {"G": counts["G"] + counts["heads"], "D": counts["D"], "average": values["G"]}
         of_teachers = {v.data_ptr(): v for teacher in teachers.values() for v in teacher.state_dict().values()}
-        fixed = [*generator.buffers(), *discriminator.buffers(), *of_teachers.values()]
+        scorer = scorer_of(recipe, manifest, world, generator) if recipe.metrics else None  # as the run holds it
+        scoring = [v for net in scorer.extractors.values() for v in net.state_dict().values()] if scorer else []
+        fixed = [*generator.buffers(), *discriminator.buffers(), *of_teachers.values(), *scoring]
         figures = {
             "data": where, "parameters": counts, **_schedule(recipe, world), "zero_stage": recipe.zero_stage,
             "device": world.device.type, "memory": memory(recipe, networks, world.size, nbytes(fixed)),
@@ -274,6 +279,10 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
         frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
         if resumed := checkpoint.resume_point(recipe.run_dir, world):
             check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
+            for part, module in {"G": g_module, "D": discriminator, "G_ema": average}.items():
+                resumed.fill(part, module)
+            for length in recipe.ema.power:
+                resumed.fill(part_name(length), copy.deepcopy(average))
         else:
             assembly.first_values(recipe, world, manifest, g_module, discriminator, average, frozen, keep=False)
         t = assembly.training(recipe, world, manifest, g_module, discriminator, teachers, frozen)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.metrics.directions import Layers, load_directions
+from hsrgan.engine.metrics.attributes import nearest
+from hsrgan.engine.metrics.directions import Directions, Layers, load_directions
 from hsrgan.engine.model import Generator
 from hsrgan.engine.tensor_files import sha256_of
 
@@ -34,17 +35,17 @@ class Edits:
         return self.fixed if self.step is None else self.fixed + strength * self.step
 
 
-def read_edits(edits: Sequence[str], file: Path | None, generator: Generator, snapshot: Path) -> Edits:
-    """`name=2` and at most one range `name=-3:3`, along the directions in `file`. Raises `UserError`."""
+def read_edits(edits: Sequence[str], files: Sequence[Path], generator: Generator, snapshot: Path) -> Edits:
+    """`name=2` and at most one range `name=-3:3`, along the directions in `files`. Raises `UserError`."""
     fixed = torch.zeros(generator.num_ws, generator.w_dim)
     if not edits:
-        if file is not None:
-            raise UserError(f"--directions {file} without --edit changes nothing: add --edit name=2, or leave it out")
+        if files:
+            raise UserError(f"--directions {files[0]} without --edit changes nothing: add --edit name=2, or leave it "
+                            "out")
         return Edits(fixed)
-    if file is None:
+    if not files:
         raise UserError(f"--edit {edits[0]} needs --directions FILE: make it with tools/directions.py")
-    directions = load_directions(file)
-    directions.expect(num_ws=generator.num_ws, w_dim=generator.w_dim, snapshot=sha256_of(snapshot), path=file)
+    known = _directions(files, generator, snapshot)
     swept: dict = {}
     for edit in edits:
         name, _, text = edit.rpartition("=")
@@ -55,14 +56,32 @@ def read_edits(edits: Sequence[str], file: Path | None, generator: Generator, sn
         if not name or not 1 <= len(strengths) <= 2 or not all(abs(s) <= MOST for s in strengths):
             raise UserError(f"--edit {edit}: write it like smile=2, or smile=-3:3 for a range, in standard deviations "
                             f"of w, {MOST:g} at most")
+        if name not in known:
+            raise UserError(f"there is no direction {name!r}{nearest(name, list(known))}")
         if len(strengths) == 1:
-            fixed += directions.edit(name, strengths[0], generator.num_ws)
+            fixed += known[name].edit(name, strengths[0], generator.num_ws)
         elif swept:
             raise UserError(f"--edit {edit}: {swept['name']} has a range already; give this one a single strength")
         else:
-            step = directions.edit(name, 1.0, generator.num_ws)
+            step = known[name].edit(name, 1.0, generator.num_ws)
             swept = {"name": name, "step": step, "low": strengths[0], "high": strengths[1]}
     return Edits(fixed, **swept)
+
+
+def _directions(files: Sequence[Path], generator: Generator, snapshot: Path) -> dict[str, Directions]:
+    """By the names of the directions, those of the file that each is in."""
+    known: dict[str, Directions] = {}
+    of: dict[str, Path] = {}
+    sha256 = sha256_of(snapshot)
+    for file in files:
+        found = load_directions(file)
+        found.expect(num_ws=generator.num_ws, w_dim=generator.w_dim, snapshot=sha256, path=file)
+        for name in found.names:
+            if name in known:
+                raise UserError(f"--directions {of[name]} and --directions {file} both have {name!r}: python "
+                                f"tools/directions.py name {file} {name}=other gives one another name")
+            known[name], of[name] = found, file
+    return known
 
 
 def parse_layers(text: str, num_ws: int, option: str) -> Layers:

@@ -88,8 +88,8 @@ def likeness(named: str | None, recipe: dict, snapshot: Path) -> VGGLikeness | T
             raise UserError(f"snapshot {snapshot}: its recipe's hsr is not understood ({one_line(error)}): name a "
                             "network with --teacher") from None
         except UserError as error:
-            raise UserError(f"the recipe of {snapshot} names a teacher that cannot be had: {error}; or name another "
-                            "with --teacher") from None
+            raise UserError(f"the recipe of {snapshot} names a teacher that cannot be had: {error}; go where it was "
+                            f"trained (this is {Path.cwd()}), or name one with --teacher") from None
         return TeacherLikeness(teacher, hsr.teacher)
     try:
         return VGGLikeness(load_lpips())

@@ -13,7 +13,8 @@ two rules of how equalised layers compute, act(x·(w/√in)ᵀ + b) (arXiv 1710.
 In G both are exact for the layers widened; D's minibatch std averages over new channels too. What has pixels (the
 learned constant, the constant noise, a convolution's kernel, D's first fully connected layer) is new where their number
 differs. D's heads on a teacher are carried only if all of them fit, since a part of a random projection is another one
-and a spectral norm holds for its own weight alone; but for what they know of labels.
+and a spectral norm holds for its own weight alone; but for what they know of labels. Heads on another teacher, or on
+other layers of it, are new even where they would fit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,16 +50,20 @@ class Carried:
 @dataclass(frozen=True)
 class Pair:
     """The state dicts of one network here and there, under published names, and the names of either's classes, empty
-    where they are not known.
+    where they are not known. strangers: by the beginning of their tensors' names, the heads that were made for
+    something else there, and for what.
     """
 
     here: Mapping[str, Tensor]
     there: Mapping[str, Tensor]
     classes_here: Sequence[str] = ()
     classes_there: Sequence[str] = ()
+    strangers: Mapping[str, str] = field(default_factory=dict)
 
     def carry(self, key: str) -> Carried:
         """What `key`, which both have, starts from. Raises OtherFilter."""
+        if why := next((why for prefix, why in self.strangers.items() if key.startswith(prefix)), None):
+            return Carried(None, why=why)
         new, old = self.here[key], self.there[key].float()
         if key.endswith("resample_filter"):
             if new.shape != old.shape or not torch.allclose(new.cpu(), old, atol=1e-6):

@@ -9,6 +9,7 @@ import enum
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from hsrgan.engine.pictures import to_uint8
 
 MAX_SEED = 2**32 - 1  # of NumPy's RandomState
 BATCH = 16
+MOST_SEEDS = 10_000_000
 MOST_PSI = 100.0
 
 NoiseRows = Callable[[Sequence[int]], Tensor]  # numbers of pictures → their noise [n, noise_size]
@@ -42,8 +44,18 @@ def parse_seeds(text: str, option: str = "--seeds") -> list[int]:
         low, high = int(first), int(last or first)
         if not low <= high <= MAX_SEED:
             raise UserError(f"{option} {text}: {part.strip()} must rise, and end at {MAX_SEED} or before")
+        if len(seeds) + high - low >= MOST_SEEDS:
+            raise UserError(f"{option} {text}: these are more than {MOST_SEEDS:,} seeds; take them in parts")
         seeds.extend(range(low, high + 1))
     return seeds
+
+
+def check_memory(samples: int, size: int) -> None:
+    """Raise `UserError` where `--samples` of so many bytes each do not fit into what memory is free."""
+    free = psutil.virtual_memory().available
+    if samples * size > free:
+        raise UserError(f"--samples {samples}: so many take {samples * size / 2**30:,.1f} GiB, and {free / 2**30:.1f} "
+                        f"GiB of memory are free; give {free // size} or less")
 
 
 def check_psi(psi: float) -> None:

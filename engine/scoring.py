@@ -8,17 +8,39 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from hsrgan.engine.config import Recipe
+from hsrgan.engine.distributed import World
 from hsrgan.engine.metrics.extractor import load_extractor
 from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.metrics.report import shown
 from hsrgan.engine.metrics.sampling import fp32_copy, undisturbed
+from hsrgan.engine.model import Generator
 from hsrgan.engine.outputs import Outputs
+from hsrgan.engine.shards import Manifest
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.stats import RunLog, read_log
 
 COMPARABLE = ("metric", "reals", "fakes", "protocol", "seed", "dataset_sha256")  # scores equal in these can be ranked
+
+
+def scorer_of(
+    recipe: Recipe, manifest: Manifest | None, world: World, generator: Generator, cache: RealCache | None = None
+) -> Scorer:
+    """Of the recipe's metrics, all that they need loaded; `UserError` for what is missing. manifest: None, in a dry
+    run, leaves out the metrics that compare with reals, once their networks are found.
+    """
+    metrics, features = parse_metrics(recipe.metrics.names), recipe.metrics.features
+    with undisturbed(generator):
+        specs = needed_extractors(metrics, features)
+        extractors = {spec: load_extractor(spec).to(world.device) for spec in specs}
+    scorer = Scorer(
+        [metric for metric in metrics if manifest or not metric.reals], extractors, manifest, world, features=features,
+        seed=recipe.seed, workers=recipe.data.workers, cache=cache, extras={"attributes": recipe.metrics.attributes},
+    )  # fmt: skip
+    scorer.check(generator, "the recipe's generator")
+    return scorer
 
 
 class Scoring:
@@ -29,18 +51,9 @@ class Scoring:
     """
 
     def __init__(self, out: Outputs, images: int) -> None:
-        recipe, world = out.t.recipe, out.t.world
-        self.out, self.features = out, recipe.metrics.features
-        metrics = parse_metrics(recipe.metrics.names)
-        with undisturbed(out.g_ema):
-            specs = needed_extractors(metrics, self.features)
-            extractors = {spec: load_extractor(spec).to(world.device) for spec in specs}
-        self.scorer = Scorer(
-            metrics, extractors, out.manifest, world, features=self.features, seed=recipe.seed,
-            workers=recipe.data.workers, cache=RealCache(world), extras={"attributes": recipe.metrics.attributes},
-        )  # fmt: skip
-        self.scorer.check(out.g_ema, "the recipe's generator")
-        self.higher = metrics[0].higher
+        self.out = out
+        self.scorer = scorer_of(out.t.recipe, out.manifest, out.t.world, out.g_ema, RealCache(out.t.world))
+        self.higher = self.scorer.metrics[0].higher
         self.best: dict | None = None
         self.since_best = 0
         if images and out.best_path.is_file():

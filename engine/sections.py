@@ -15,6 +15,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+Weight = Annotated[float, Field(gt=0, description="a number above 0; to train without it set the section to null")]
 
 NOT_EMPTY = "text that is not empty"
 
@@ -140,7 +141,7 @@ class Hsr(Section):
         min_length=1, description="a mapping from resolution to teacher layer (0-based), as {8: 11, 16: 8}"
     )
     hidden: Whole = 4096            # channels between the two 1×1 convs of a predictor
-    weight: NotNegative = 1.0       # λ
+    weight: Weight = 1.0            # λ
     weights_per_res: dict[int, NotNegative] | None = None     # λ_r for each resolution of `layers`; null = 1
     distance: Literal["mse", "cosine"] = "mse"
     start_kimg: NotNegative = 0.0   # HSR acts from here on
@@ -159,7 +160,7 @@ class Projected(Section):
     weights: Annotated[Text, Field(description=NOT_EMPTY)] | None = None    # file, for a timm name
     layers: Layers                  # one discriminator each; the paper's four have maps of 1/4, 1/8, 1/16, 1/32
     channels: Whole = 64            # of the first layer's random projection; each further layer's has twice as many
-    weight: Positive = 1.0          # of their hinge loss beside that of `objective`
+    weight: Weight = 1.0            # of their hinge loss beside that of `objective`
 
 
 class VisionAided(Section):
@@ -169,7 +170,7 @@ class VisionAided(Section):
     weights: Annotated[Text, Field(description=NOT_EMPTY)] | None = None    # file, for a timm name
     layers: Layers                  # the last is averaged over its map; the paper's, of ViT-B: [3, 7, 11]
     hidden: Whole = 256             # channels inside
-    weight: Positive = 1.0          # of its logistic loss beside that of `objective`
+    weight: Weight = 1.0            # of its logistic loss beside that of `objective`
 
 
 GROUPS = ("blit", "geom", "color", "filter", "noise", "cutout")     # of ADA's transforms (arXiv 2006.06676)

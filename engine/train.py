@@ -19,6 +19,7 @@ import typer
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
 from hsrgan.engine.aside import check_writable
 from hsrgan.engine.bad_samples import DataFaults
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.config import Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.dry_run import dry_run
@@ -168,7 +169,7 @@ def _crossed(every_kimg: float, before: int, after: int) -> bool:
     return int(after / (every_kimg * 1000)) > int(before / (every_kimg * 1000))
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = CommandLine(rich_markup_mode="rich")
 
 
 @app.command()

@@ -6,16 +6,21 @@ channel width.
     an imported network     out.safetensors (G_ema), and out.G, out.D, out.heads.safetensors beside it, where they are
 
 Tensors are matched by name (`overlap.py` says what of one is carried into another shape): a block b{r} is the same
-block at any resolution of the image, and toRGB and fromRGB belong to theirs. Adam, the path-length mean and the count
-of images begin anew. What became of every tensor of either side is told, and kept in run_dir/transfer.json.
+block at any resolution of the image, and toRGB and fromRGB belong to theirs. Heads on another teacher than here, or on
+other layers of it, are new where a checkpoint's recipe tells; a network's file does not say what its own were on. Adam,
+the path-length mean and the count of images begin anew. What became of every tensor of either side is told, and kept in
+run_dir/transfer.json.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -35,15 +40,44 @@ LOADED, PARTLY, NEW, DROPPED = "loaded", "partly", "new", "dropped"
 ANEW = "Adam, the path-length mean and the count of images begin anew"
 
 
+class Target(NamedTuple):
+    """What a head looks at: as recipes name it."""
+
+    teacher: str
+    weights: str | None
+    layers: int | list[int]
+
+    def is_of(self, other: Target) -> bool:
+        """Whether it is the same network, by whatever path, and the same layers."""
+        same = all(_same_file(*pair) for pair in ((self.teacher, other.teacher), (self.weights, other.weights)))
+        return same and self.layers == other.layers
+
+
+def _same_file(a: str | None, b: str | None) -> bool:
+    return a == b or bool(a and b and os.path.isfile(a) and os.path.isfile(b) and filecmp.cmp(a, b, shallow=False))
+
+
+def targets_of(recipe: Mapping[str, Any]) -> dict[str, Target]:
+    """Of a recipe's JSON, the target of all heads on teachers, by the beginning of their tensors' names."""
+    found = {}
+    for name in ("hsr", "projected", "vision_aided"):
+        if section := recipe.get(name):
+            layers = {f"heads.{r}.": i for r, i in section["layers"].items()} if name == "hsr" else {
+                f"{name}.": section["layers"]}  # fmt: skip
+            found |= {key: Target(section["teacher"], section.get("weights"), value) for key, value in layers.items()}
+    return found
+
+
 @dataclass(frozen=True)
 class Source:
     """State dicts there, by network, under published names (HSR's heads below `heads.`, with G), and the file of each.
-    classes: the names of its labels, empty where they are not known.
+    classes: the names of its labels, empty where they are not known. targets: of its recipe, where it has one.
     """
 
     tensors: dict[str, dict[str, Tensor]]
     files: dict[str, Path]
     classes: tuple[str, ...] = ()
+    targets: Mapping[str, Target] = field(default_factory=dict)
 
     def of(self, network: str) -> tuple[dict[str, Tensor], Path | None]:
         """What a network starts from, and out of which file: G and G_ema do for one another."""
@@ -88,7 +122,7 @@ def _read_checkpoint(path: Path) -> Source:
     read = checkpoint.read_checkpoint(path)
     tensors = {part: {published(key): value for key, value in read.tensors[part].items()} for part in NETWORKS}
     files = {part: path / f"{part}.safetensors" for part in NETWORKS}
-    return Source(tensors, files, tuple(read.state.get("class_names", ())))
+    return Source(tensors, files, tuple(read.state.get("class_names", ())), targets_of(read.state.get("recipe", {})))
 
 
 def _read_files(path: Path) -> Source:
@@ -162,13 +196,20 @@ class Report:
 
 
 def start_from(
-    init_from: str, g_module: nn.Module, discriminator: nn.Module, g_ema: nn.Module, class_names: Sequence[str]
-) -> Report:
+    init_from: str, g_module: nn.Module, discriminator: nn.Module, g_ema: nn.Module, class_names: Sequence[str],
+    targets: Mapping[str, Target] | None = None,
+) -> Report:  # fmt: skip
     """Fill the networks, which hold their initial values, from `init_from`, and tell what became of every tensor.
 
-    class_names: of the labels that these networks take. UserError where nothing would be carried.
+    class_names: of the labels that these networks take. targets: of their recipe; None takes all heads for the same.
+    UserError where nothing would be carried.
     """
-    source = read_source(init_from)
+    source, targets = read_source(init_from), targets or {}
+    strangers = {
+        prefix: f"a head on {there.teacher}, layer {there.layers}, there"
+        for prefix, there in source.targets.items()
+        if prefix in targets and not there.is_of(targets[prefix])
+    }
     modules = {"G": g_module, "D": discriminator, "G_ema": g_ema}
     fates, filled = [], {}
     for network, module in modules.items():
@@ -176,7 +217,7 @@ def start_from(
         own = {published(key): (key, value) for key, value in module.state_dict().items()}
         here = {name: value for name, (_, value) in own.items()}
         try:
-            found, carried = _match(network, Pair(here, tensors, class_names, source.classes))
+            found, carried = _match(network, Pair(here, tensors, class_names, source.classes, strangers))
         except OtherFilter as error:
             raise UserError(f"init_from {file}: {error} is not the [1, 3, 3, 1] filter, the only one that these layers "
                             "compute; give a network that was trained with it") from None

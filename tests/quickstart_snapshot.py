@@ -12,13 +12,14 @@ from hsrgan.engine.snapshot import save_snapshot
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 
 
-def save_quickstart(path: Path, *, labels: bool = False) -> Path:
-    """Write it to `path`; with labels, as `data.labels=true` would have it.
+def save_quickstart(path: Path, *overrides: str, labels: bool = False, recipe_json: str | None = None) -> Path:
+    """Write it to `path`, of the recipe with `overrides`; with labels, as `data.labels=true` would have it.
+    recipe_json: what it says that its recipe was.
 
     Noise strengths, w_avg and the mapping's biases, which begin at zero, are moved, so that noise modes, truncation and
     seeds tell.
     """
-    recipe = load_recipe(RECIPE, [f"data.labels={str(labels).lower()}"], world_size=1)
+    recipe = load_recipe(RECIPE, [f"data.labels={str(labels).lower()}", *overrides], world_size=1)
     known = inspect.signature(Generator).parameters
     sizes = {key: value for key, value in recipe.generator.model_dump().items() if key in known}
     torch.manual_seed(0)
@@ -32,5 +33,5 @@ def save_quickstart(path: Path, *, labels: bool = False) -> Path:
                 value.normal_(0, 30)  # times the learning rate multiplier, 0.01
     generator.mapping.w_avg.normal_(0, 0.2)
     facts = {"resolution": [16, 16], "class_names": [str(i) for i in range(10)], "sha256": "0" * 64}
-    save_snapshot(path, generator, recipe_json=recipe.to_json(), kimg=160, dataset=facts)
+    save_snapshot(path, generator, recipe_json=recipe_json or recipe.to_json(), kimg=160, dataset=facts)
     return path

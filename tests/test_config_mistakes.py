@@ -239,7 +239,7 @@ MISTAKES = {
     "critic without a weight": (
         (), ["projected={teacher: t.safetensors, layers: [2], weight: 0}"], 1,
         "override projected={teacher: t.safetensors, layers: [2], weight: 0}: projected.weight is 0, allowed: "
-        "a number above 0",
+        "a number above 0; to train without it set the section to null",
     ),
     "another loss": (
         (), ["objective.loss=wgan"], 1,

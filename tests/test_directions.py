@@ -149,12 +149,35 @@ def test_the_sampler_edits_and_a_strength_of_zero_changes_no_bit(model, tmp_path
         assert all(x != y for x, y in zip(pictures(tmp_path / a), pictures(tmp_path / b), strict=True))
 
     generator, _ = load_snapshot(model / "m.safetensors")
-    shift = read_edits(["smile=2", "hat=-1.5"], model / "d.safetensors", generator, model / "m.safetensors").fixed
+    shift = read_edits(["smile=2", "hat=-1.5"], [model / "d.safetensors"], generator, model / "m.safetensors").fixed
     assert shift.tolist() == [[3.0, -0.75] + [0.0] * 6] * 6  # strength · std along each unit vector, in all ws
     z, _ = draw([1], generator)
     ws = generator.mapping(z, None, truncation_psi=0.7) + shift
     expected = image_grid(generator.synthesis(ws, noise_mode="const"), scale=1)
     assert np.array_equal(Image.open(tmp_path / "both/seed0001.png"), expected)
+
+
+def test_directions_of_several_files_add_up_and_their_names_differ(model, tmp_path):
+    for name in ("pose", "hat"):
+        other = Directions((name,), torch.eye(8)[2:3], (0.5,), (2.0,), sha256_of(model / "m.safetensors"), 9, "pca",
+                           ((0, 1),))  # fmt: skip
+        save_directions(tmp_path / f"{name}.safetensors", other, command="")
+    generator, _ = load_snapshot(model / "m.safetensors")
+    files = [model / "d.safetensors", tmp_path / "pose.safetensors"]
+    shift = read_edits(["smile=2", "pose=-1"], files, generator, model / "m.safetensors").fixed
+    assert shift.tolist() == [[3.0, 0.0, -2.0] + [0.0] * 5] * 2 + [[3.0] + [0.0] * 7] * 4
+
+    def sampled(*paths, edits=("smile=1", "pose=-1:1")):
+        options = [*(("--directions", path) for path in paths), *(("--edit", edit) for edit in edits)]
+        words = [word for option in options for word in option]
+        return run(sample.app, model / "m.safetensors", "--seeds", "0", *words, "--out", tmp_path / "out")
+
+    assert "no direction 'psoe': did you mean pose?" in line(sampled(*files, edits=["psoe=1"]))
+    twice = line(sampled(*files, tmp_path / "hat.safetensors"))
+    assert f"--directions {files[0]} and --directions {tmp_path / 'hat.safetensors'} both have 'hat'" in twice
+    assert not (tmp_path / "out").exists()
+    result = sampled(*files)
+    assert result.exit_code == 0 and (tmp_path / "out/seed0000-pose+1.00.png").is_file(), result.output
 
 
 def test_mistakes_in_edits_are_one_line(model, tmp_path):
@@ -201,6 +224,8 @@ def test_directions_svm_writes_a_file_that_the_sampler_takes(model, tmp_path):
     assert "knows no attribute 'smil': did you mean smile?" in line(unknown)
     weak = line(run(directions_tool.app, "svm", *arguments, "--name", "poor"))
     assert "attribute poor: held-out balanced accuracy 0.700 is below 0.8" in weak and "--allow-weak" in weak
+    many = line(run(directions_tool.app, "svm", *arguments, "--samples", 10**15))
+    assert "--samples 1000000000000000: so many take 37,252,903.0 GiB, and " in many  # 8 w and 2 logits of 4 bytes
     nowhere = (*arguments[:-1], tmp_path / "nowhere" / "d.safetensors")
     assert "there is no folder" in line(run(directions_tool.app, "svm", *nowhere))
     result = run(directions_tool.app, "svm", *arguments, "--name", "poor", "--allow-weak")

@@ -1,17 +1,21 @@
 """What a dry run says, against counts, published figures, files of a real run and a clock that is not real."""
 
 import json
+import os
 from pathlib import Path
 
 import forked
 import pytest
 import torch
+from metric_fixtures import attributes_file
 from safetensors import safe_open
 
 from hsrgan.engine import dry_run
 from hsrgan.engine.config import load_recipe
 from hsrgan.engine.model import Discriminator, Generator
 
+TEACHER = Path(__file__).parents[1] / "recipes/digits_teacher.safetensors"
+NO_DATA = ("data.builtin=null", "data.shards=nowhere", "data.labels=false")
 OPTIONS = ("ema.power=[0.05,0.1]", "snapshot_kimg=0.024", "keep_every_kimg=0.04")
 
 
@@ -39,6 +43,10 @@ def plant_clock() -> None:
         return now[0]
 
     dry_run.mean_seconds = lambda calls, steps, _, each: real(calls, steps, clock, each)
+
+
+def plant_no_weights() -> None:
+    os.environ["HSRGAN_CACHE"] = "no_weights"
 
 
 def test_a_dry_run_says_what_a_run_does_and_leaves_nothing(workspace):
@@ -88,16 +96,36 @@ def test_data_that_is_not_there_is_noise_or_one_line(workspace):
         ("new", ["freeze.mapping=true"], "since the recipe has no init_from"),
         ("new", ["init_from=nowhere.safetensors"], "nowhere.safetensors"),
         ("run", ["generator.z_dim=4"], "was made with generator.z_dim = 8"),
+        ("run", ["ema.power=[0.2]"], "has no G_power-0.200.safetensors"),
+        ("new", ["metrics={names: fid50k_full}"], "import_weights.py inception"),
+        ("new", ["metrics={names: fid50k_full, features: gone.safetensors}"], "gone.safetensors does not exist"),
+        ("new", ["metrics={names: als20, attributes: gone}"], "metrics.attributes: gone does not exist"),
+        ("new", ["metrics={names: als20, attributes: recipe.yaml}"], "recipe.yaml"),
+        ("new", [f"metrics={{names: fid5k, features: {TEACHER}}}"], "fid5k compares with 5,000 real images"),
+        ("new", ["metrics={names: fid50k_full}", *NO_DATA], "import_weights.py inception"),
+        ("new", ["metrics={names: als20, attributes: gone}", *NO_DATA], "metrics.attributes: gone does not exist"),
     ],
-    ids=["freeze of nothing trained", "init_from that is not there", "a checkpoint of other networks"],
-)
+    ids=["freeze of nothing trained", "init_from that is not there", "a checkpoint of other networks",
+         "a checkpoint without the average", "weights", "features", "attributes", "attributes that are none",
+         "too few images", "weights, and no data", "attributes, and no data"],
+)  # fmt: skip
 def test_what_the_run_would_refuse_is_refused(workspace, run, overrides, says):
     if not (workspace / "run").exists():
         forked.train(workspace, "kimg=0.008")
-    (process,) = forked.start(workspace, f"run_dir={run}", "dry_run=true", *overrides)
+    (process,) = forked.start(workspace, f"run_dir={run}", "dry_run=true", *overrides, plant=plant_no_weights)
     assert process.ends() == 2 and says in process.said and "Traceback" not in process.said
     assert len([line for line in process.said.splitlines() if line.startswith("error: ")]) == 1
     assert not (workspace / "new").exists()
+
+
+def test_metrics_that_can_be_are_no_hindrance(workspace):
+    attributes = attributes_file(workspace / "attributes.safetensors")
+    metrics = f"metrics={{names: 'fid300_full,als20', features: {TEACHER}, attributes: {attributes}}}"
+    for options in ((), NO_DATA):
+        said = forked.train(workspace, "run_dir=new", "dry_run=true", metrics, *options, plant=plant_clock)
+        assert figures(said)["seconds_per_step"] == 5
+        assert figures(said)["memory"][0]["teacher, buffers"] > 800_000  # the teacher, 816,896, scores
+    assert not (workspace / "new").exists() and not (workspace / "no_weights").exists()
 
 
 def test_what_init_from_brings_is_told(workspace):

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from network_files import load_network
 from typer.testing import CliRunner
 
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.import_rosinality import AVERAGED, read_rosinality
-from hsrgan.engine.network_file import load_network
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.tools import import_weights
 

@@ -12,6 +12,7 @@ from test_training import last_checkpoint, relative_difference, tensors, train
 
 from hsrgan.engine import teacher as teacher_module
 from hsrgan.engine.assembly import critic_heads, load_teachers
+from hsrgan.engine.config import load_recipe
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.losses import ADVERSARIAL
 from hsrgan.engine.objectives import Critic, discriminator_loss, generator_loss
@@ -172,6 +173,23 @@ def test_terms_add_up_with_their_weights():
 ], ids=str)  # fmt: skip
 def test_keys_of_the_heads_do_something(name, keys):
     assert difference(gradients("Gmain", **one(name, **keys)), gradients("Gmain", **one(name))) > 1e-3
+
+
+@pytest.mark.parametrize(("section", "override"), [
+    ("hsr", "hsr.weight=0"), *((name, f"{name}={json.dumps({**CRITICS[name], 'weight': 0})}") for name in CRITICS),
+])  # fmt: skip
+def test_a_weight_of_zero_is_no_way_to_switch_a_section_off(section, override):
+    with pytest.raises(UserError) as refused:
+        load_recipe(DIGITS.with_name("quickstart.yaml"), [override])
+    says = f"{section}.weight is 0, allowed: a number above 0; to train without it set the section to null"
+    assert says in str(refused.value)
+
+
+def test_a_lazy_phase_of_weight_or_interval_zero_is_left_out():
+    for off in ({"gamma": 0.0}, {"gamma": 1.0, "interval": 0}):
+        assert list(training(r1=off)[1]) == ["Gmain", "Greg", "Dmain"]
+    for off in ({"weight": 0.0}, {"interval": 0}):
+        assert list(training(path_length=off)[1]) == ["Gmain", "Dmain", "Dreg"]
 
 
 def test_r2_is_r1_of_fakes_and_d_alone_learns_from_it():

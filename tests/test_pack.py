@@ -42,9 +42,11 @@ def folder(root, names, make=picture):
 
 
 def run(source, dest, *options):
-    """Pack in this process -> (what it printed, manifest)."""
+    """Pack in this process -> (what it printed, manifest). Raises UserError with the line of a mistake."""
     arguments = [str(source), str(dest), "--resolution", "16", *map(str, options)]
     result = CliRunner().invoke(pack_tool.app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
+    if result.exit_code == 2:
+        raise UserError(result.stderr)
     assert result.exit_code == 0, result.output
     return result.output, shards.load_manifest(dest)
 

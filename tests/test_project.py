@@ -12,16 +12,16 @@ import pytest
 import torch
 from metric_fixtures import digits, imported, kaiming, photographs
 from PIL import Image
+from quickstart_snapshot import save_quickstart
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hsrgan.engine import projection
-from hsrgan.engine.config import load_recipe
 from hsrgan.engine.latents import load_latents
 from hsrgan.engine.metrics import vgg16
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import to_uint8
-from hsrgan.engine.snapshot import load_snapshot, save_snapshot
+from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.teacher import create_timm
 from hsrgan.tools import project
 
@@ -30,28 +30,13 @@ TEACHER = ROOT / "recipes/digits_teacher.safetensors"
 FILES = ["{}-convergence.json", "{}-convergence.png", "{}-side-by-side.png", "{}-w.npz", "{}-w.safetensors"]
 
 
-def _snapshot(path: Path, *, c_dim: int = 0, recipe: dict | None = None, **changes: object) -> Path:
-    """A snapshot of the quickstart's generator with random weights and noise that does something."""
-    quickstart = load_recipe(ROOT / "recipes/quickstart.yaml", [f"hsr.teacher={TEACHER}"])
-    kwargs = quickstart.generator.model_dump(exclude={"mixing_prob", "lr", "w_avg_beta"})
-    kwargs |= {"img_resolution": quickstart.data.resolution, "img_channels": quickstart.data.channels, "c_dim": c_dim}
-    torch.manual_seed(0)
-    generator = Generator(**kwargs | changes)
-    for name, value in generator.named_parameters():
-        if name.endswith("noise_strength"):
-            value.data.fill_(0.05)
-    text = quickstart.to_json() if recipe is None else json.dumps(recipe)
-    save_snapshot(path, generator, recipe_json=text, kimg=1, dataset={"class_names": [f"n{i}" for i in range(c_dim)]})
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """quickstart.safetensors, labelled.safetensors, bare.safetensors (no teacher); digit.png 16×16, flower.jpg."""
     folder = tmp_path_factory.mktemp("project")
-    _snapshot(folder / "quickstart.safetensors")
-    _snapshot(folder / "labelled.safetensors", c_dim=3)
-    _snapshot(folder / "bare.safetensors", recipe={})
+    save_quickstart(folder / "quickstart.safetensors", f"hsr.teacher={TEACHER}")
+    save_quickstart(folder / "labelled.safetensors", labels=True)
+    save_quickstart(folder / "bare.safetensors", recipe_json="{}")
     Image.fromarray(digits(1, 16)[0, 0].numpy()).save(folder / "digit.png")
     Image.fromarray(photographs()[1].permute(1, 2, 0).numpy()).save(folder / "flower.jpg")
     return folder
@@ -115,14 +100,29 @@ def test_as_a_script_in_w_plus_with_labels_by_another_teacher(folder, tmp_path):
     assert latents.space == "w+" and not torch.equal(latents.w[:, 0], latents.w[:, 1])
 
 
+def test_the_recipes_teacher_is_looked_for_from_here(tmp_path, monkeypatch):
+    """The quickstart names it by a relative path."""
+    snapshot = save_quickstart(tmp_path / "m.safetensors")
+    Image.fromarray(digits(1, 16)[0, 0].numpy()).save(tmp_path / "digit.png")
+    arguments = (snapshot, tmp_path / "digit.png", "--steps", 1, "--out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    line = _line(*arguments)
+    assert "teacher file recipes/digits_teacher.safetensors does not exist" in line
+    assert f"go where it was trained (this is {tmp_path}), or name one with --teacher" in line
+    monkeypatch.chdir(ROOT)
+    assert _run(*arguments).exit_code == 0
+
+
 def test_the_label_is_where_it_begins(folder):
     generator, metadata = load_snapshot(folder / "labelled.safetensors")
 
+    named = {"class_names": [f"n{i}" for i in range(10)]}
+
     def read(label, **changes):
-        return project.read_label(label, generator, folder, metadata["dataset"] | changes)
+        return project.read_label(label, generator, folder, metadata["dataset"] | named | changes)
 
     labels = [read("0"), read("n2"), read("0,n2", multi_label=True)]
-    assert [c.tolist() for c in labels] == [[1, 0, 0], [0, 0, 1], [1, 0, 1]]
+    assert [c.nonzero().flatten().tolist() for c in labels] == [[0], [2], [0, 2]]
     starts = [projection.w_statistics(generator, c, 0)[0] for c in (read("all"), *labels)]
     assert min((a - b).abs().max() for i, a in enumerate(starts) for b in starts[:i]) > 1e-3
 
@@ -175,7 +175,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
     shutil.copy(digit, tmp_path / "digit.png")
     assert "would both be written as digit-w.safetensors" in _line(quickstart, digit, tmp_path / "digit.png", *out)
     assert "trained without labels" in _line(quickstart, digit, "--label", 1, *out)
-    assert "classes 0 to 2 (n0, n1, n2), not '3'" in _line(folder / "labelled.safetensors", digit, "--label", 3, *out)
+    assert "classes 0 to 9 (0, 1, 2, " in _line(folder / "labelled.safetensors", digit, "--label", 12, *out)
     assert "write vgg16, a teacher's" in _line(quickstart, digit, "--teacher", "resnet50", *out)
     assert "neither a timm model" in _line(quickstart, digit, "--teacher", "timm:resnet5000", *out)
     assert "does not exist" in _line(quickstart, digit, "--teacher", tmp_path / "t.safetensors", *out)
@@ -183,7 +183,8 @@ def test_mistakes_are_one_line(folder, tmp_path):
         ("moved", {"teacher": "gone.safetensors", "layers": {"8": 1}}, "teacher file gone.safetensors does not exist"),
         ("damaged", {"teacher": 3, "layers": {"8": 1}}, "its recipe's hsr is not understood"),
     ):
-        line = _line(_snapshot(tmp_path / f"{name}.safetensors", recipe={"hsr": hsr}), digit, *out)
+        made = save_quickstart(tmp_path / f"{name}.safetensors", recipe_json=json.dumps({"hsr": hsr}))
+        line = _line(made, digit, *out)
         assert says in line and "--teacher" in line
     assert not (tmp_path / "out").exists()
     assert "name another --out" in _line(quickstart, digit, "--out", tmp_path / "notes.txt" / "x")

@@ -76,6 +76,10 @@ def line(command: str) -> str:
     ("sample m.safetensors --mix 1 --mix-layers ''", "--mix-layers : write it like 0-5"),
     ("sample m.safetensors --mix-layers ''", "needs --mix"),
     ("directions pca m.safetensors --samples 100 --layers ''", "--layers : write it like 0-5"),
+    ("directions pca m.safetensors --samples 1000000000000000", "so many take 953,674,316.4 GiB, and "),
+    ("directions sefa m.safetensors --samples 1000000000000000", " GiB of memory are free; give "),
+    ("score_digits m.safetensors --samples 4000000000", "--samples 4000000000: so many take 6,"),
+    ("sample m.safetensors --seeds 5,0-4294967295", "these are more than 10,000,000 seeds"),
 ])  # fmt: skip
 def test_what_cannot_be_meant(here, command, says):
     assert says in line(command)

@@ -14,6 +14,7 @@ from quickstart_snapshot import save_quickstart
 from typer.models import OptionInfo
 from typer.testing import CliRunner
 
+from hsrgan.engine import train
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.tools import cli, score_digits
 
@@ -159,3 +160,50 @@ def test_scores_of_a_quickstart_snapshot(tmp_path, monkeypatch):
     result = invoke("score_digits", snapshot, "--samples", 20, "--json", tmp_path / "score.json")
     assert result.exit_code == 0, (result.output, result.exception)
     assert json.loads((tmp_path / "score.json").read_text())["samples"] == 20
+
+
+def one_line(result) -> str:
+    assert result.exit_code == 2 and not isinstance(result.exception, Exception), (result.output, result.exception)
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and not result.stdout, result.output
+    return result.stderr
+
+
+@pytest.mark.parametrize("name", [*TOOLS, "train"])
+def test_an_option_that_there_is_not_is_one_line(name):
+    app_of = train.app if name == "train" else app(name)
+    for words in ({""} if name == "train" else commands(name)):
+        assert "No such option" in one_line(CliRunner().invoke(app_of, [*words.split(), "--no-such-option"]))
+
+
+@pytest.mark.parametrize(("command", "says"), [
+    ("sample x --batch x", ["'--batch'", "valid integer", "'x'"]),
+    ("sample x --batch 0", ["'--batch'", "1", "0"]),
+    ("sample x --btach 8", ["--btach", "--batch"]),
+    ("sample x --batch", ["'--batch' requires an argument"]),
+    ("sample x y", ["unexpected extra argument", "y", "sample.py --help"]),
+    ("sample", ["Missing argument", "snapshot"]),
+    ("export x", ["Missing option '--to'", "onnx", "pt"]),
+    ("export x --to no", ["'--to'", "'no' is not one of 'onnx'"]),
+    ("directions sfea x", ["No such command 'sfea'", "'sefa'"]),
+    ("directions sefa x --count 0", ["'--count'", "1", "0", "directions.py sefa --help"]),
+    ("pack x", ["give SOURCE, DEST and --resolution"]),
+])  # fmt: skip
+def test_what_typer_refuses_is_one_line(command, says):
+    name, *arguments = command.split()
+    result = invoke(name, *arguments, prog_name=f"{name}.py")
+    assert all(text.lower() in one_line(result).lower() for text in says), result.stderr
+
+
+def test_hsrgan_and_a_script_refuse_in_one_line(capsys):
+    for arguments in (["video", "x", "--fps", "0"], ["train", "--no-such-option"], ["pack", "x"]):
+        code, said, wrong = called(*arguments, capsys=capsys)
+        assert code == 2 and not said and wrong.startswith("error: ") and wrong.count("\n") == 1, wrong
+    script = [sys.executable, ROOT / "tools/compare_runs.py", "--no-such-option"]
+    result = subprocess.run(script, capture_output=True, text=True)
+    assert result.returncode == 2 and not result.stdout and result.stderr.count("\n") == 1, result.stderr
+    assert "compare_runs.py --help says more" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["directions", "import_weights"])
+def test_a_tool_of_several_commands_that_is_given_nothing_shows_its_help(name):
+    assert "Examples:" in invoke(name).output

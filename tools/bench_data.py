@@ -35,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.samples import PIL_FORMATS
@@ -195,7 +196,7 @@ def _tell(progress: Progress, task: TaskID, where: str, what: str) -> None:
     progress.update(task, advance=1, description=where + what)
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = CommandLine()
 
 
 def _numbers(text: str, option: str, known: Callable[[int], bool]) -> list[int]:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import typer
 
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.metrics.frechet import frechet_distance
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 def by_scipy(mean1: torch.Tensor, cov1: torch.Tensor, mean2: torch.Tensor, cov2: torch.Tensor) -> float:

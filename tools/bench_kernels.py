@@ -29,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hsrgan import kernels
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.kernels import builds, launch
 from hsrgan.kernels.builds import GPUS, Gpu
@@ -256,7 +257,7 @@ def chosen(values: str, known: dict[str, Any] | tuple[str, ...], option: str) ->
     return names
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = CommandLine()
 
 
 @app.command()

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.kernels import launch
 from hsrgan.kernels.builds import GPUS
@@ -76,7 +77,7 @@ def on_cpu(resolutions: str, turns: int, json_file: Path | None, console: Consol
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = CommandLine()
 
 
 @app.command()

@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from hsrgan.engine.aside import written_aside
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.curves import curves_of, thinned
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.stats import read_log
 
 END = 0.1  # the last tenth of a curve is its end: one tick alone is noise
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 Curve = tuple[np.ndarray, np.ndarray]  # kimg and value
 

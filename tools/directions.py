@@ -15,6 +15,7 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from safetensors import safe_open
 
 from hsrgan.engine import factorised
 from hsrgan.engine.aside import written_aside
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.direction_sheet import STRENGTHS, contact_sheet
 from hsrgan.engine.distributed import World
 from hsrgan.engine.edits import parse_layers
@@ -43,12 +45,21 @@ from hsrgan.engine.metrics.report import Bars
 from hsrgan.engine.metrics.sequences import random_samples
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import save_png
-from hsrgan.engine.sampler import BATCH, MAX_SEED, check_psi, parse_seeds, place, truncated, ws_of_seeds
+from hsrgan.engine.sampler import (
+    BATCH,
+    MAX_SEED,
+    check_memory,
+    check_psi,
+    parse_seeds,
+    place,
+    truncated,
+    ws_of_seeds,
+)
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
 from hsrgan.tools import options
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+app = CommandLine(no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="The directions file to write; .png and .json go beside it.")]
 Count = Annotated[int, typer.Option(min=1, help="How many directions, the strongest first.")]
@@ -83,50 +94,58 @@ def _main() -> None:
     """
 
 
-@app.command()
-def sefa(
-    snapshot: options.SnapshotFile,
-    count: Count = 10,
-    layers: LayerRange = None,
-    samples: RandomW = 10000,
-    seed: Seed = 0,
-    seeds: Seeds = "0-2",
-    psi: options.Psi = 0.7,
-    out: Out = DEFAULT,
-    batch: options.Batch = BATCH,
-) -> None:
-    """From the weights alone (SeFa): what changes the styles of the chosen layers most.
+FACTORISED = {
+    "sefa": """From the weights alone (SeFa): what changes the styles of the chosen layers most.
 
     Examples:
 
       python tools/directions.py sefa model.safetensors --count 10
 
       python tools/directions.py sefa model.safetensors --layers 0-3 --out pose.safetensors
-    """
-    _factorise("sefa", snapshot, count, layers, samples, seed, seeds, psi, out, batch)
-
-
-@app.command()
-def pca(
-    snapshot: options.SnapshotFile,
-    count: Count = 10,
-    layers: LayerRange = None,
-    samples: RandomW = 10000,
-    seed: Seed = 0,
-    seeds: Seeds = "0-2",
-    psi: options.Psi = 0.7,
-    out: Out = DEFAULT,
-    batch: options.Batch = BATCH,
-) -> None:
-    """Principal components of W (GANSpace).
+    """,
+    "pca": """Principal components of W (GANSpace).
 
     Examples:
 
       python tools/directions.py pca model.safetensors --count 20 --samples 50000
 
       python tools/directions.py pca model.safetensors --layers 8-17 --out colours.safetensors
-    """
-    _factorise("pca", snapshot, count, layers, samples, seed, seeds, psi, out, batch)
+    """,
+}
+
+
+def _factorised(kind: str) -> Callable[..., None]:
+    def command(
+        snapshot: options.SnapshotFile,
+        count: Count = 10,
+        layers: LayerRange = None,
+        samples: RandomW = 10000,
+        seed: Seed = 0,
+        seeds: Seeds = "0-2",
+        psi: options.Psi = 0.7,
+        out: Out = DEFAULT,
+        batch: options.Batch = BATCH,
+    ) -> None:
+        with user_errors(), Bars() as bars:
+            _check_out(out)
+            check_psi(psi)
+            shown = parse_seeds(seeds)
+            generator, _ = load_snapshot(snapshot)
+            chosen = None if layers is None else parse_layers(layers, generator.num_ws, "--layers")
+            factorised.check_count(count, samples, generator)
+            check_memory(samples, 2 * 8 * generator.w_dim)  # fp64, and once more while it is put together
+            generator = place(generator)
+            w = factorised.random_w(generator, samples, seed, batch=1024, told=_Counter(bars, "random w", samples))
+            facts = {"w": w, "snapshot": sha256_of(snapshot)}
+            found = factorised.pca(count, chosen, **facts) if kind == "pca" else factorised.sefa(
+                generator, count, chosen, **facts)  # fmt: skip
+            _write(found, generator, snapshot, shown, psi, out, batch, bars)
+
+    return command
+
+
+for _kind, _help in FACTORISED.items():
+    app.command(_kind, help=_help)(_factorised(_kind))
 
 
 @app.command()
@@ -160,6 +179,7 @@ def svm(
         shown = parse_seeds(seeds)
         generator, _ = load_snapshot(snapshot)
         classifier = load_attributes(attributes).restricted(name, allow_weak=allow_weak)
+        check_memory(samples, 4 * (generator.w_dim + len(classifier.names)))
         generator = place(generator)
         device = generator.mapping.w_avg.device
         found = random_samples(
@@ -207,26 +227,6 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: the name must end in .safetensors; .png and .json are written beside it")
     for suffix in (".safetensors", ".json", ".png"):
         options.check_file(out.with_suffix(suffix))
-
-
-def _factorise(
-    kind: str, snapshot: Path, count: int, layers: str | None, samples: int, seed: int, seeds: str, psi: float,
-    out: Path, batch: int,
-) -> None:  # fmt: skip
-    """`sefa` and `pca`."""
-    with user_errors(), Bars() as bars:
-        _check_out(out)
-        check_psi(psi)
-        shown = parse_seeds(seeds)
-        generator, _ = load_snapshot(snapshot)
-        chosen = None if layers is None else parse_layers(layers, generator.num_ws, "--layers")
-        factorised.check_count(count, samples, generator)
-        generator = place(generator)
-        w = factorised.random_w(generator, samples, seed, batch=1024, told=_Counter(bars, "random w", samples))
-        facts = {"w": w, "snapshot": sha256_of(snapshot)}
-        found = factorised.pca(count, chosen, **facts) if kind == "pca" else factorised.sefa(
-            generator, count, chosen, **facts)  # fmt: skip
-        _write(found, generator, snapshot, shown, psi, out, batch, bars)
 
 
 def _write(

@@ -21,6 +21,7 @@ from rich.progress import track
 from torch import Tensor
 
 from hsrgan.engine.aside import writable
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, save_png
@@ -31,7 +32,7 @@ from hsrgan.engine.snapshot import load_snapshot, read_metadata, read_tensors, s
 WORST = 0.1  # residual above which a length is refused
 TITLE, GAP = 14, 8  # pixels, of the line above a grid and between two grids
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = CommandLine()
 
 
 class Stored(NamedTuple):

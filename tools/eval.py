@@ -15,6 +15,7 @@ from rich.console import Console
 
 from hsrgan.engine import distributed
 from hsrgan.engine.aside import writable
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import user_errors
 from hsrgan.engine.metrics.extractor import load_extractor
 from hsrgan.engine.metrics.names import parse_metrics
@@ -27,7 +28,7 @@ from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = CommandLine()
 
 
 class Resize(str, enum.Enum):

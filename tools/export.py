@@ -14,6 +14,7 @@ import typer
 
 from hsrgan.engine import exporting, publishing
 from hsrgan.engine.aside import check_writable, folder_written_aside, written_aside
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.exporting import BATCHES, BOUNDS, PARTS, Graph
 from hsrgan.engine.metrics.fp32 import exact_fp32
@@ -44,7 +45,7 @@ To = enum.Enum("To", {name: name for name in FORMS}, type=str)
 Part = enum.Enum("Part", {name: name for name in PARTS}, type=str)
 Precision = enum.Enum("Precision", {name: name for name in BOUNDS}, type=str)
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 def _check_options(

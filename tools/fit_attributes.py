@@ -31,6 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import Tensor, nn
 
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.metrics.attributes import WEAK, AttributeClassifier, balanced_accuracies, save_attributes
 from hsrgan.engine.shards import MANIFEST, load_manifest
@@ -138,7 +139,7 @@ def _report(classifier: AttributeClassifier, labels: Tensor) -> Table:
     return table
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 @app.command()

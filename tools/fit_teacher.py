@@ -33,6 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hsrgan.engine.alpha import over_grey
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.data import Plan, open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.errors import UserError, user_errors
@@ -339,7 +340,7 @@ def channel_statistics(images: Images) -> tuple[list[float], list[float]]:
     return mean, [max(round(v, 4), 1e-3) for v in pixels.std((0, 2, 3)).tolist()]
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 @app.command()

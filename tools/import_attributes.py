@@ -24,6 +24,7 @@ import typer
 from rich.progress import track
 from torch import Tensor, nn
 
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.metrics.attributes import (
     DISCRIMINATORS,
@@ -47,7 +48,7 @@ SIDE = 256
 BEST = "net_best.pth"
 _WHAT = "attribute predictor"
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 def read_state(path: Path, publisher: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.import_rosinality import read_rosinality
 from hsrgan.engine.import_stylegan import Imported, read_stylegan
@@ -24,7 +25,7 @@ from hsrgan.engine.network_shapes import build
 from hsrgan.engine.snapshot import save_snapshot
 from hsrgan.engine.tensor_files import is_torch_file, sha256_of
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+app = CommandLine(no_args_is_help=True)
 
 
 @app.callback()

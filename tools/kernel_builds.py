@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.kernels import builds, launch
 from hsrgan.kernels.builds import GPUS, TARGETS, Build
@@ -28,7 +29,7 @@ from hsrgan.tools.kernel_shapes import Call
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 def record(calls: list[Call], dtypes: list[torch.dtype], chip: str = "") -> list[tuple[str, launch.Launch]]:

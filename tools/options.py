@@ -36,7 +36,10 @@ Edit = Annotated[
     typer.Option(help="name=strength, repeatable: change by so many standard deviations of w. One may be a range, "
                  "name=-3:3."),
 ]  # fmt: skip
-DirectionsFile = Annotated[Path | None, typer.Option(help="The directions of --edit, made by tools/directions.py.")]
+DirectionsFiles = Annotated[
+    list[Path] | None,
+    typer.Option(help="The directions of --edit, made by tools/directions.py; repeatable."),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Images made at a time.")]
 
 

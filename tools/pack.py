@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.command_line import CommandLine
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.labels import from_text
 from hsrgan.engine.shard_writer import check_target, folder_lock, write_manifest
 from hsrgan.engine.shards import load_manifest
@@ -125,7 +126,7 @@ def _size(text: str) -> tuple[int, int]:
     return size
 
 
-app = typer.Typer(add_completion=False)
+app = CommandLine(rich_markup_mode="rich")
 
 
 @app.command()
@@ -230,5 +231,4 @@ def pack(
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it cleans up like Ctrl-C
-    with user_errors():
-        app()
+    app()

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from hsrgan.engine.aside import check_writable, writable
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.labels import multi_hot, parse_label
 from hsrgan.engine.latents import Latents, save_latents
@@ -32,7 +33,7 @@ from hsrgan.tools.pack_images import Crop, Filter, Format, Recipe, Unusable
 
 REMEDY = "free space there or name another --out"
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 class Space(str, enum.Enum):

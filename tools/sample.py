@@ -11,6 +11,7 @@ import typer
 from torch import Tensor
 
 from hsrgan.engine.aside import check_writable
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.edits import Edits, parse_layers, read_edits
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.latents import Latents, save_latents
@@ -35,7 +36,7 @@ from hsrgan.tools.options import Start
 
 STRENGTHS = 7  # rows of an edit's range
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def main(
     ] = None,
     noise: options.NoiseMode = Noise.const,
     edit: options.Edit = None,
-    directions: options.DirectionsFile = None,
+    directions: options.DirectionsFiles = None,
     mix: Annotated[
         str | None,
         typer.Option(help="Style mixing: seeds of the rows, whose pictures take --mix-layers from the column's seed."),
@@ -177,7 +178,7 @@ def main(
         psis = parse_psis(psi)
         options.check_cutoff(cutoff, generator, snapshot)
         labels = options.read_label(label, generator, snapshot, metadata["dataset"])
-        edits = read_edits(edit or [], directions, generator, snapshot)
+        edits = read_edits(edit or [], directions or [], generator, snapshot)
         if mix_layers is not None and mix is None:
             raise UserError(f"--mix-layers {mix_layers} needs --mix: the seeds of the rows")
         _one_kind_of_rows({

@@ -35,9 +35,10 @@ from rich.table import Table
 from torch import Tensor
 
 from hsrgan.engine.aside import written_aside
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.pictures import save_png, to_uint8
-from hsrgan.engine.sampler import MAX_SEED, check_psi, generate, place
+from hsrgan.engine.sampler import MAX_SEED, check_memory, check_psi, generate, place
 from hsrgan.engine.sizes import in_words
 from hsrgan.engine.snapshot import load_snapshot
 
@@ -47,7 +48,7 @@ SURE = 0.9
 SHOWN = 100  # samples in the picture
 CAPTION = 14  # pixels below each of them
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 class DigitClassifier:
@@ -184,6 +185,7 @@ def main(
             made = f"{in_words((height, width))} images of {channels} channel(s)"
             raise UserError(f"{snapshot} makes {made}; digits need a multiple of {SIDE}x{SIDE}, grey or RGB")
         check_psi(psi)
+        check_memory(samples, 4 * generator.num_ws * generator.w_dim + channels * height * width)
         images = generate(place(generator), range(seed, seed + samples), psi=psi, batch=64)
         score, real = digit_score(images), real_score()
         with written_aside(json_file) as aside:

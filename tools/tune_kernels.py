@@ -30,6 +30,7 @@ from rich.progress import track
 
 from hsrgan import kernels
 from hsrgan.engine.aside import written_aside
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.kernels import blocks, builds, launch
 from hsrgan.kernels.blocks import Row
@@ -208,7 +209,7 @@ def name(row: Row) -> str:
     return f"{row.kernel}, shape {row.shape}, {' or '.join(map(str, row.bytes))} bytes, chip {row.chip}"
 
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = CommandLine()
 
 
 @app.command()

@@ -12,6 +12,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.edits import Edits, read_edits
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.latent_paths import KeyFrames, swing
@@ -23,7 +24,7 @@ from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.video_file import load_av, mp4
 from hsrgan.tools import options
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = CommandLine()
 
 
 def parse_grid(text: str) -> tuple[int, int]:
@@ -87,7 +88,7 @@ def main(
     ] = None,
     noise: options.NoiseMode = Noise.const,
     edit: options.Edit = None,
-    directions: options.DirectionsFile = None,
+    directions: options.DirectionsFiles = None,
     out: Annotated[Path, typer.Option(help="The .mp4 to write.")] = Path("video.mp4"),
     batch: options.Batch = BATCH,
 ) -> None:  # fmt: skip
@@ -117,7 +118,7 @@ def main(
         labels = options.read_label(label, generator, snapshot, metadata["dataset"])
         if len(labels) > 1:
             raise UserError("--label all: a video is of one class; give its number")
-        edits = read_edits(edit or [], directions, generator, snapshot)
+        edits = read_edits(edit or [], directions or [], generator, snapshot)
         cells, per_key = columns * rows, max(1, round(fps * seconds_per_key))
         keys = len(start.names) // cells
         if len(start.names) % cells or not keys:

@@ -1,0 +1,94 @@
+"""init_from where heads on a teacher fit by their shapes, and were fitted to something else."""
+
+import copy
+import json
+
+import pytest
+import torch
+from test_graphs import recipe
+
+from hsrgan.engine import assembly, checkpoint, transfer
+from hsrgan.engine.distributed import World
+from hsrgan.engine.freezing import frozen_parameters
+from hsrgan.engine.hsr import HSRHeads
+from hsrgan.engine.model import Discriminator, Generator
+from hsrgan.engine.projected import ProjectedHeads, VisionAidedHeads
+from hsrgan.engine.run_state import GeneratorWithHeads
+
+RECIPE = {
+    "hsr": {"teacher": "a.safetensors", "weights": None, "layers": {"8": 3, "16": 1}},
+    "projected": {"teacher": "resnet10t", "weights": "w.pth", "layers": [1, 3]},
+    "vision_aided": {"teacher": "a.safetensors", "weights": None, "layers": [1, 3]},
+}
+HEADS = {"heads.8.", "heads.16.", "projected.", "vision_aided."}
+
+
+def networks(seed):
+    """G with heads, D with both kinds of its own, and G_ema, of random values."""
+    torch.manual_seed(seed)
+    shape = {"img_resolution": 16, "c_dim": 0, "channel_base": 64, "channel_max": 8, "mapping_layers": 1}
+    g, d = Generator(z_dim=6, w_dim=8, **shape), Discriminator(**shape)
+    channels, grids = {1: 6, 3: 6}, {1: (4, 4), 3: (4, 4)}
+    d.add_module("projected", ProjectedHeads(channels, grids, 0, 4))
+    d.add_module("vision_aided", VisionAidedHeads(channels, 0, 4))
+    return {"G": GeneratorWithHeads(g, HSRHeads({8: 8, 16: 4}, {8: 5, 16: 5}, 7)), "D": d, "G_ema": copy.deepcopy(g)}
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A checkpoint under RECIPE, whose files lie in the working folder: its networks and its path."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "w.pth"):
+        (tmp_path / name).write_text(name)
+    nets = networks(0)
+    parts = {name: net.state_dict() for name, net in nets.items()} | {"G_adam": {}, "D_adam": {}}
+    checkpoint.write_folder(tmp_path / "1", checkpoint._files(parts, {"format": checkpoint.FORMAT, "recipe": RECIPE}))
+    return nets, "1"
+
+
+def anew(source, changes: dict) -> set[str]:
+    """The heads that begin anew under RECIPE with these changes; all else is carried, they to the last bit not."""
+    (there, path), here = source, networks(1)
+    changed = {name: {**section, **changes.get(name, {})} for name, section in RECIPE.items()}
+    before = {name: copy.deepcopy(net.state_dict()) for name, net in here.items()}
+    report = transfer.start_from(path, *here.values(), (), transfer.targets_of(changed))
+    found = set()
+    for network in ("G", "D"):
+        for key, now in here[network].state_dict().items():
+            name = transfer.published(key)
+            head = next((prefix for prefix in HEADS if name.startswith(prefix)), None)
+            new = name in report.new(network)
+            assert torch.equal(now, before[network][key] if new else there[network].state_dict()[key]), name
+            assert head or not new
+            found |= {head} if new else set()
+    return found
+
+
+@pytest.mark.parametrize(("changes", "begin"), [
+    ({}, set()),
+    ({"hsr": {"teacher": "b.safetensors"}}, {"heads.8.", "heads.16."}),
+    ({"hsr": {"layers": {"8": 3, "16": 0}}}, {"heads.16."}),
+    ({"projected": {"weights": None}}, {"projected."}),
+    ({"projected": {"teacher": "resnet18"}, "vision_aided": {"layers": [1, 2]}}, {"projected.", "vision_aided."}),
+], ids=str)  # fmt: skip
+def test_heads_on_another_teacher_or_other_layers_begin_anew(source, changes, begin):
+    assert anew(source, changes) == begin
+
+
+def test_a_teacher_is_the_same_by_whatever_path(source, tmp_path):
+    (tmp_path / "copy.safetensors").write_text("a.safetensors")
+    (tmp_path / "other.safetensors").write_text("other")
+    same = {"teacher": str(tmp_path / "copy.safetensors")}
+    assert anew(source, {"hsr": same, "vision_aided": {"teacher": "./a.safetensors"}}) == set()
+    assert anew(source, {"hsr": {"teacher": "other.safetensors"}}) == {"heads.8.", "heads.16."}
+
+
+def test_a_run_asks_its_recipe_and_says_what_they_were_on(source, tmp_path, capsys):
+    here = networks(1)
+    settings = recipe(run_dir=str(tmp_path), init_from=source[1])  # HSR by another teacher, and no other heads
+    frozen = frozen_parameters(None, here["G"], here["D"])
+    assembly.first_values(settings, World(0, 1, 0, 1, torch.device("cpu")), None, *here.values(), frozen)
+    assert "new" in capsys.readouterr().out
+    fates = json.loads((tmp_path / "transfer.json").read_text())["tensors"]
+    found = {(fate["tensor"].split(".conv")[0], fate["why"]) for fate in fates if fate["what"] == "new"}
+    assert found == {(f"heads.{r}", f"a head on a.safetensors, layer {layer}, there") for r, layer in ((8, 3), (16, 1))}
