@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from hsrgan.engine.aside import writable, written_aside
-from hsrgan.engine.distributed import World, sum_over_ranks
+from hsrgan.engine.distributed import World, failing_together, sum_over_ranks
 from hsrgan.engine.metrics.features import Features
 from hsrgan.engine.metrics.moments import Gaussian
 from hsrgan.engine.metrics.weights import cache_folder
@@ -72,12 +72,17 @@ class RealCache:
         return tensors if int(sum_over_ranks(found)) == self.world.size else None
 
     def _write(self, kind: str, facts: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
-        if not self.world.first:
-            return
-        path, lock = self._path(kind, facts), folder_lock(self.folder, wait=True)  # another run may be at the same
-        with lock, written_aside(path.with_suffix(".json")) as beside, written_aside(path) as aside:
-            beside.write_text(json.dumps({"format": FORMAT, "kind": kind, **facts}, indent=1), encoding="utf-8")
-            save_file({key: value.contiguous() for key, value in tensors.items()}, aside, {"format": FORMAT})
+        with failing_together():  # where a run goes on without what cannot be written, all ranks go on together
+            if self.world.first:
+                self._write_here(self._path(kind, facts), {"format": FORMAT, "kind": kind, **facts}, tensors)
+
+    def _write_here(self, path: Path, facts: Mapping[str, object], tensors: dict[str, Tensor]) -> None:
+        content = save({key: value.contiguous() for key, value in tensors.items()}, {"format": FORMAT})
+        with writable(self.folder, "name another folder with HSRGAN_CACHE"):
+            lock = folder_lock(self.folder, wait=True)  # another run may be at the same
+            with lock, written_aside(path.with_suffix(".json")) as beside, written_aside(path) as aside:
+                beside.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+                aside.write_bytes(content)  # save_file has errors of its own for a full disk
 
 
 def _read(path: Path, *keys: str) -> dict[str, Tensor] | None:
