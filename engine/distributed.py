@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from hsrgan.engine import rendezvous
-from hsrgan.engine.errors import UserError
+from hsrgan.engine.errors import RankError, UserError
 from hsrgan.engine.finite import Finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -139,7 +139,7 @@ def failing_together() -> Iterator[None]:
         torch.distributed.all_gather_object(failures, failure)
     for failure in failures:
         if failure is not None:
-            raise failure
+            raise UserError(str(failure)) if isinstance(failure, RankError) else failure  # all ranks know it now
 
 
 def lazy_adam(

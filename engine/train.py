@@ -54,7 +54,7 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
         diverged = ""
         while diverged := _run(recipe, world, manifest, preemption, diverged):
             gc.collect()  # the engines of the run that is rolled back
-    distributed.stop()
+        distributed.stop()
 
 
 def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemption: Preemption, diverged: str) -> str:
@@ -157,6 +157,7 @@ def _loop(
             if leaving and not last:
                 with writing():
                     log.note("preempted", f"{leaving} at {images / 1000:g} kimg: the same command resumes the run")
+                distributed.stop()
                 raise SystemExit(EXIT_RESUME)
         with writing():
             log.finish({"snapshot": out.snapshot_path(images)} | ({"best": out.best_path} if score else {}))

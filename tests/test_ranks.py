@@ -2,15 +2,18 @@
 
 import contextlib
 import os
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import forked
 import pytest
 
-from hsrgan.engine import stats
-from hsrgan.engine.errors import CannotWrite
+from hsrgan.engine import stats, train
+from hsrgan.engine.errors import CannotWrite, UserError
 from hsrgan.engine.metrics import real_cache
+from hsrgan.tools import eval as eval_tool
 
 TEACHER = Path(__file__).parents[1] / "recipes" / "digits_teacher.safetensors"
 SCORED = ("metrics_kimg=0.032", f"metrics={{names: fid32_full, features: {TEACHER}}}")
@@ -50,3 +53,62 @@ def test_a_cache_that_is_full_leaves_the_ranks_in_step(workspace):
     runs = forked.start(workspace, "run_dir=full", "faults.disk_full=continue", *SCORED, ranks=2, plant=plant)
     assert [run.ends(60) for run in runs] == [0, 0], runs[0].said + runs[1].said
     assert runs[0].said.count("goes on without it") == 2
+
+
+def fail_on_the_second(where: str, name: str) -> None:
+    """What the module `where` calls `name` raises a UserError there."""
+    module = sys.modules[where]
+    real = getattr(module, name)
+
+    def call(*args, **kwargs):
+        if not first():
+            raise UserError("the file is damaged")
+        return real(*args, **kwargs)
+
+    setattr(module, name, call)
+
+
+def test_a_dry_run_says_on_what_one_rank_fails(workspace):
+    plant = partial(fail_on_the_second, "hsrgan.engine.assembly", "load_teachers")
+    runs = forked.start(workspace, "dry_run=true", ranks=2, plant=plant)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert "error: rank 1 (" in line and line.endswith("): the file is damaged") and not others
+
+
+def plant_bad_end() -> None:
+    """The first rank's last lines fail, when the others have nothing more to do."""
+    real = stats.RunLog.finish
+
+    def finish(log, paths):
+        if first():
+            time.sleep(0.5)
+            raise CannotWrite("cannot write curves.png")
+        real(log, paths)
+
+    stats.RunLog.finish = finish
+
+
+def test_a_rank_that_is_done_hears_how_the_others_end(workspace):
+    runs = forked.start(workspace, "run_dir=end", "kimg=0.016", ranks=2, plant=plant_bad_end)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert line == "error: cannot write curves.png" and not others
+
+
+def plant_eval(snapshot: str, data: str, folder: str) -> None:
+    """tools/eval.py in place of a training; its second rank fails among the fakes, the first has seen its own."""
+    os.environ["HSRGAN_CACHE"] = folder
+    command = [snapshot, "--data", data, "--metrics", "fid32_full", "--features", str(TEACHER), "--workers", "0"]
+    train.app = lambda argv, standalone_mode: eval_tool.app(command, standalone_mode=False)
+    fail_on_the_second("hsrgan.tools.eval", "sha256_of")
+
+
+def test_scoring_says_on_what_one_rank_fails(workspace):
+    forked.train(workspace, "run_dir=made", "kimg=0.008")
+    (snapshot,), (data,) = (workspace / "made/snapshots").iterdir(), (workspace / "datasets").iterdir()
+    plant = partial(plant_eval, str(snapshot), str(data), str(workspace / "cache"))
+    runs = forked.start(workspace, ranks=2, plant=plant)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert "error: rank 1 (" in line and line.endswith("): the file is damaged") and not others

@@ -22,6 +22,7 @@ from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.metrics.report import Bars, comparison_chart, comparison_table, short_names
 from hsrgan.engine.model import Generator
+from hsrgan.engine.peers import AGAIN, Peers
 from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.snapshot import load_snapshot
@@ -93,29 +94,30 @@ def main(
             covariance=covariance.value, workers=workers,
             extras={"attributes": attributes, "allow_weak": allow_weak},
         )  # fmt: skip
-        with distributed.failing_together():
-            if out is not None and world.first:
-                with writable(out, "name another --out"):
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    out.touch()
-        for path, label, (generator, metadata) in zip(snapshots, short_names(snapshots), generators, strict=True):
-            facts = {"snapshot": str(path), "snapshot_sha256": sha256_of(path), "kimg": metadata["kimg"]}
-            for result in scorer.score(generator.to(world.device), label):
-                results.append(result | facts)
-                if world.first:
-                    _tell(results[-1], out)
-            generator.cpu()
-        if world.first:
-            tables, files = scorer.report(lambda name: out.with_name(f"{out.stem}_{name}") if out else Path(name))
-            if compare:
-                chart = (out or Path("compare")).with_suffix(".png")
-                comparison_chart(results, chart)
-                tables, files = [comparison_table(results), *tables], [chart, *files]
-            for table in tables:
-                Console().print(table)
-            for file in files:
-                typer.echo(file)
-    distributed.stop()
+        with Peers(world, remedy=AGAIN):
+            with distributed.failing_together():
+                if out is not None and world.first:
+                    with writable(out, "name another --out"):
+                        out.parent.mkdir(parents=True, exist_ok=True)
+                        out.touch()
+            for path, label, (generator, metadata) in zip(snapshots, short_names(snapshots), generators, strict=True):
+                facts = {"snapshot": str(path), "snapshot_sha256": sha256_of(path), "kimg": metadata["kimg"]}
+                for result in scorer.score(generator.to(world.device), label):
+                    results.append(result | facts)
+                    if world.first:
+                        _tell(results[-1], out)
+                generator.cpu()
+            if world.first:
+                tables, files = scorer.report(lambda name: out.with_name(f"{out.stem}_{name}") if out else Path(name))
+                if compare:
+                    chart = (out or Path("compare")).with_suffix(".png")
+                    comparison_chart(results, chart)
+                    tables, files = [comparison_table(results), *tables], [chart, *files]
+                for table in tables:
+                    Console().print(table)
+                for file in files:
+                    typer.echo(file)
+            distributed.stop()
 
 
 def _prepared(
