@@ -51,6 +51,7 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
         manifest = assembly.dataset(recipe.data)
     distributed.start(world, recipe.faults.rendezvous_timeout)
     with Peers(world, recipe.faults.rank_timeout), Preemption(world) as preemption:
+        assembly.check_alike(recipe, world, manifest)
         diverged = ""
         while diverged := _run(recipe, world, manifest, preemption, diverged):
             gc.collect()  # the engines of the run that is rolled back

@@ -1,6 +1,7 @@
 """What a run of several ranks does where only one of them fails, or sees another file than the rest."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import forked
 import pytest
 
-from hsrgan.engine import stats, train
+from hsrgan.engine import assembly, stats, train
 from hsrgan.engine.errors import CannotWrite, UserError
 from hsrgan.engine.metrics import real_cache
 from hsrgan.tools import eval as eval_tool
@@ -112,3 +113,19 @@ def test_scoring_says_on_what_one_rank_fails(workspace):
     assert [run.ends(60) for run in runs] == [2, 2]
     (line,), others = errors(runs)
     assert "error: rank 1 (" in line and line.endswith("): the file is damaged") and not others
+
+
+def plant_other_data() -> None:
+    real = assembly.dataset
+    assembly.dataset = lambda data: dataclasses.replace(real(data), sha256="packed anew")
+
+
+def test_ranks_that_read_different_things_do_not_train_together(workspace):
+    """Here of two runs on one port, one of which has lost its first rank over it; so it is with files that change."""
+    port = forked.free_port()
+    runs = forked.start(workspace, "run_dir=a", ranks=2, port=port, absent=1)
+    options = ("run_dir=b", "generator.lr=0.001", "data.shards=null")
+    runs += forked.start(workspace, *options, ranks=2, port=port, absent=0, plant=plant_other_data)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert "rank 1 on " in line and "what rank 0 has: generator.lr, run_dir, the data set (" in line and not others
