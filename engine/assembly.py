@@ -159,7 +159,9 @@ def first_values(
     report = None
     if recipe.init_from:
         classes = manifest.class_names if recipe.data.labels else ()
-        report = start_from(recipe.init_from, g_module, discriminator, g_ema, classes)
+        with distributed.failing_together():
+            report = start_from(recipe.init_from, g_module, discriminator, g_ema, classes)
+        distributed.copy_from_first(g_module, discriminator, g_ema)  # the file may be a run's best, which it replaces
     check_known(frozen, report and {network: report.new(network) for network in frozen})
     if report and world.first:
         if keep:

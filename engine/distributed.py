@@ -123,6 +123,15 @@ def from_first(value: Any) -> Any:
     return value
 
 
+def copy_from_first(*modules: nn.Module) -> None:
+    """Rank 0's parameters and buffers into these modules on every rank."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        for value in (value for module in modules for value in module.state_dict().values()):
+            whole = value.contiguous()
+            torch.distributed.broadcast(whole, src=0)
+            value.copy_(whole)
+
+
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
     """A `UserError` on any rank inside is raised on every rank at the end: none waits for one that has left, and the

@@ -27,6 +27,13 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def made(workspace) -> Path:
+    """A run of one step."""
+    forked.train(workspace, "run_dir=made", "kimg=0.008")
+    return workspace / "made"
+
+
 def first() -> bool:
     return os.environ["RANK"] == "0"
 
@@ -97,22 +104,28 @@ def test_a_rank_that_is_done_hears_how_the_others_end(workspace):
     assert line == "error: cannot write curves.png" and not others
 
 
-def plant_eval(snapshot: str, data: str, folder: str) -> None:
-    """tools/eval.py in place of a training; its second rank fails among the fakes, the first has seen its own."""
+def plant_eval(snapshot: str, data: str, folder: str, fault: str) -> None:
+    """tools/eval.py in place of a training; its second rank fails once they have met, or has read another file."""
     os.environ["HSRGAN_CACHE"] = folder
     command = [snapshot, "--data", data, "--metrics", "fid32_full", "--features", str(TEACHER), "--workers", "0"]
     train.app = lambda argv, standalone_mode: eval_tool.app(command, standalone_mode=False)
-    fail_on_the_second("hsrgan.tools.eval", "sha256_of")
+    if fault == "fails":
+        fail_on_the_second("hsrgan.tools.eval", "short_names")
+    elif not first():
+        eval_tool.sha256_of = lambda path: "of what is there by now"
 
 
-def test_scoring_says_on_what_one_rank_fails(workspace):
-    forked.train(workspace, "run_dir=made", "kimg=0.008")
-    (snapshot,), (data,) = (workspace / "made/snapshots").iterdir(), (workspace / "datasets").iterdir()
-    plant = partial(plant_eval, str(snapshot), str(data), str(workspace / "cache"))
+@pytest.mark.parametrize(("fault", "says"), [
+    ("fails", "): the file is damaged"),
+    ("replaced", ".safetensors was replaced while it was read, as a run does with its best: score a copy of it"),
+])
+def test_scoring_says_what_is_wrong_on_one_rank(workspace, made, fault, says):
+    (snapshot,), (data,) = (made / "snapshots").iterdir(), (workspace / "datasets").iterdir()
+    plant = partial(plant_eval, str(snapshot), str(data), str(workspace / "cache"), fault)
     runs = forked.start(workspace, ranks=2, plant=plant)
     assert [run.ends(60) for run in runs] == [2, 2]
     (line,), others = errors(runs)
-    assert "error: rank 1 (" in line and line.endswith("): the file is damaged") and not others
+    assert line.endswith(says) and not others
 
 
 def plant_other_data() -> None:
@@ -129,3 +142,27 @@ def test_ranks_that_read_different_things_do_not_train_together(workspace):
     assert [run.ends(60) for run in runs] == [2, 2]
     (line,), others = errors(runs)
     assert "rank 1 on " in line and "what rank 0 has: generator.lr, run_dir, the data set (" in line and not others
+
+
+def plant_other_init(path: str) -> None:
+    """The second rank finds another file; both say what they start from."""
+    start_from, first_values = assembly.start_from, assembly.first_values
+
+    def start(init_from, *rest):
+        return start_from(init_from if first() else path, *rest)
+
+    def values(recipe, world, manifest, *networks_and_more):
+        first_values(recipe, world, manifest, *networks_and_more)
+        for network in networks_and_more[:3]:
+            print("starts from", [value.double().sum().item() for value in network.state_dict().values()])
+
+    assembly.start_from, assembly.first_values = start, values
+
+
+def test_ranks_start_from_the_same_networks(workspace, made):
+    (snapshot,), (newest,) = (made / "snapshots").iterdir(), (made / "checkpoints").glob("0*")
+    plant = partial(plant_other_init, str(newest))
+    runs = forked.start(workspace, "run_dir=from", "kimg=0.008", f"init_from={snapshot}", ranks=2, plant=plant)
+    assert [run.ends(60) for run in runs] == [0, 0], runs[0].said
+    told = [[line for line in run.said.splitlines() if line.startswith("starts from")] for run in runs]
+    assert told[0] == told[1] and len(told[0]) == 3

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from hsrgan.engine import distributed
 from hsrgan.engine.aside import writable
-from hsrgan.engine.errors import user_errors
+from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.metrics.extractor import load_extractor
 from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.metrics.real_cache import RealCache
@@ -95,13 +95,16 @@ def main(
             extras={"attributes": attributes, "allow_weak": allow_weak},
         )  # fmt: skip
         with Peers(world, remedy=AGAIN):
+            first = distributed.from_first([facts for _, facts in generators])
             with distributed.failing_together():
+                for (_, facts), there in zip(generators, first, strict=True):
+                    if facts != there:
+                        raise _replaced(facts["snapshot"])
                 if out is not None and world.first:
                     with writable(out, "name another --out"):
                         out.parent.mkdir(parents=True, exist_ok=True)
                         out.touch()
-            for path, label, (generator, metadata) in zip(snapshots, short_names(snapshots), generators, strict=True):
-                facts = {"snapshot": str(path), "snapshot_sha256": sha256_of(path), "kimg": metadata["kimg"]}
+            for label, (generator, facts) in zip(short_names(snapshots), generators, strict=True):
                 for result in scorer.score(generator.to(world.device), label):
                     results.append(result | facts)
                     if world.first:
@@ -129,11 +132,11 @@ def _prepared(
     resize: str,
     **options: Any,
 ) -> tuple[Scorer, list[tuple[Generator, dict]]]:
-    """Everything that can be refused is, before anything is computed."""
+    """Everything that can be refused is, before anything is computed. Generators with what results say of them."""
     with before_meeting(world.rank, world.size):
         parsed = parse_metrics(metrics)
         manifest = load_manifest(data) if data else None
-        generators = [load_snapshot(path) for path in snapshots]
+        generators = [_load(path) for path in snapshots]
         extractors = {spec: load_extractor(spec, resize=resize) for spec in needed_extractors(parsed, features)}
         scorer = Scorer(parsed, extractors, manifest, world, features=features, cache=RealCache(world), **options)
         for path, (generator, _) in zip(snapshots, generators, strict=True):
@@ -143,6 +146,18 @@ def _prepared(
     for extractor in extractors.values():
         extractor.to(world.device)
     return scorer, generators
+
+
+def _load(path: Path) -> tuple[Generator, dict]:
+    sha256 = sha256_of(path) if path.is_file() else ""
+    generator, metadata = load_snapshot(path)
+    if sha256_of(path) != sha256:
+        raise _replaced(path)
+    return generator, {"snapshot": str(path), "snapshot_sha256": sha256, "kimg": metadata["kimg"]}
+
+
+def _replaced(path: Path | str) -> UserError:
+    return UserError(f"snapshot {path} was replaced while it was read, as a run does with its best: score a copy of it")
 
 
 def _tell(result: dict, out: Path | None) -> None:
