@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
-from hsrgan.engine.aside import check_writable
+from hsrgan.engine.aside import check_writable, held
 from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.config import Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
@@ -50,7 +50,8 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
         check_paths(recipe)
         manifest = assembly.dataset(recipe.data)
     distributed.start(world, recipe.faults.rendezvous_timeout)
-    with Peers(world, recipe.faults.rank_timeout), Preemption(world) as preemption:
+    hold = held(Path(recipe.run_dir)) if world.first else contextlib.nullcontext()
+    with Peers(world, recipe.faults.rank_timeout), Preemption(world) as preemption, hold:
         assembly.check_alike(recipe, world, manifest)
         diverged = ""
         while diverged := _run(recipe, world, manifest, preemption, diverged):

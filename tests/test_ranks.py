@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -166,3 +167,33 @@ def test_ranks_start_from_the_same_networks(workspace, made):
     assert [run.ends(60) for run in runs] == [0, 0], runs[0].said
     told = [[line for line in run.said.splitlines() if line.startswith("starts from")] for run in runs]
     assert told[0] == told[1] and len(told[0]) == 3
+
+
+def plant_rest(marker: str) -> None:
+    """The run waits, once, before its second step, with the loader's workers there, until it is told to go on."""
+    real = train.run_phase
+
+    def run_phase(phase, t, images, *rest):
+        while images == 8 and first() and not Path(marker).exists():
+            Path(f"{marker}-waits").touch()
+            time.sleep(0.05)
+        real(phase, t, images, *rest)
+
+    train.run_phase = run_phase
+
+
+def test_two_runs_do_not_write_into_one_folder(workspace):
+    """The second is refused on all ranks; after a kill the folder is free at once, whoever still lives on."""
+    marker = workspace / "go on"
+    options = ("run_dir=held", "kimg=0.016", "data.workers=1")
+    (killed,) = forked.start(workspace, *options, plant=partial(plant_rest, str(marker)))
+    deadline = time.monotonic() + 60
+    while not (workspace / "go on-waits").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    runs = forked.start(workspace, *options, ranks=2)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert f"pid {killed.process.pid} is at work in held: end it first" in line and not others
+    killed.process.kill()
+    assert killed.ends() == -signal.SIGKILL
+    forked.train(workspace, *options)
