@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hsrgan.engine.errors import CannotWrite
+from hsrgan.engine.errors import CannotWrite, UserError
 
 
 @contextlib.contextmanager
@@ -79,3 +82,27 @@ def check_writable(folder: Path, remedy: str = "choose another with run_dir=…"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # a name of its own: the ranks of a run all try it at once
             pass
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold `folder`, which exists, against every other process, on any machine that sees it, until this one ends, in
+    whatever way; its file `held` says who. Raises UserError where another holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        with writable(folder):
+            # unlike flock's, this lock does not pass to what is forked, which may outlive us
+            file = stack.enter_context(open(folder / "held", "a+"))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.seek(0)
+                    who = file.read().strip() or "another process"
+                    raise UserError(f"{who} is at work in {folder}: end it first, or choose another run_dir") from None
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a disk that knows no locks
+                    raise
+            file.truncate(0)
+            file.write(f"{socket.gethostname()}, pid {os.getpid()}\n")
+            file.flush()
+        yield

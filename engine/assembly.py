@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hsrgan.engine import distributed
 from hsrgan.engine.augment import Augmentation
 from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.balanced import check_balanced
-from hsrgan.engine.config import Recipe
+from hsrgan.engine.config import Recipe, recipe_differences
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.draws import Draws
@@ -46,6 +47,25 @@ def dataset(data: Data, digits: str | Path = "datasets") -> Manifest:
     if data.balanced:
         check_balanced(manifest)
     return manifest
+
+
+def check_alike(recipe: Recipe, world: distributed.World, manifest: Manifest) -> None:
+    """UserError, on every rank, unless all have read the same recipe and data: a file may be changed between one rank's
+    look at it and another's, and two runs on one port may have been mixed. A collective.
+
+    Only where the shards lie may differ from machine to machine.
+    """
+    recipe_there, sha256 = distributed.from_first((recipe.to_json(), manifest.sha256))
+    with distributed.failing_together():
+        differ = [key for key in recipe_differences(recipe_there, recipe) if key not in ("data.shards", "data.cache")]
+        if manifest.sha256 != sha256:
+            differ.append("the data set (its manifest.json)")
+        if differ:
+            raise UserError(
+                f"rank {world.rank} on {socket.gethostname()} has not read what rank 0 has: {', '.join(differ)}; give "
+                "the same command on every machine, change no file while the ranks start, and give a second run on "
+                "these machines another --master_port"
+            )
 
 
 def stream(
@@ -140,7 +160,9 @@ def first_values(
     if recipe.init_from:
         classes = manifest.class_names if recipe.data.labels else ()
         targets = targets_of(recipe.model_dump(mode="json"))
-        report = start_from(recipe.init_from, g_module, discriminator, g_ema, classes, targets)
+        with distributed.failing_together():
+            report = start_from(recipe.init_from, g_module, discriminator, g_ema, classes, targets)
+        distributed.copy_from_first(g_module, discriminator, g_ema)  # the file may be a run's best, which it replaces
     check_known(frozen, report and {network: report.new(network) for network in frozen})
     if report and world.first:
         if keep:

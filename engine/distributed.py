@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from hsrgan.engine import rendezvous
-from hsrgan.engine.errors import UserError
+from hsrgan.engine.errors import RankError, UserError
 from hsrgan.engine.finite import Finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -123,6 +123,15 @@ def from_first(value: Any) -> Any:
     return value
 
 
+def copy_from_first(*modules: nn.Module) -> None:
+    """Rank 0's parameters and buffers into these modules on every rank."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        for value in (value for module in modules for value in module.state_dict().values()):
+            whole = value.contiguous()
+            torch.distributed.broadcast(whole, src=0)
+            value.copy_(whole)
+
+
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
     """A `UserError` on any rank inside is raised on every rank at the end: none waits for one that has left, and the
@@ -139,7 +148,7 @@ def failing_together() -> Iterator[None]:
         torch.distributed.all_gather_object(failures, failure)
     for failure in failures:
         if failure is not None:
-            raise failure
+            raise UserError(str(failure)) if isinstance(failure, RankError) else failure  # all ranks know it now
 
 
 def lazy_adam(

@@ -26,6 +26,7 @@ from hsrgan.engine.config import Recipe, check_paths, check_same_networks
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.freezing import frozen_parameters
+from hsrgan.engine.peers import AGAIN, Peers
 from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
 from hsrgan.engine.power_ema import part_name
 from hsrgan.engine.run_state import GeneratorWithHeads, Training
@@ -260,42 +261,52 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
         console.width = 120
     with dataset(recipe) as (manifest, where):
         distributed.start(world, recipe.faults.rendezvous_timeout)
-        generator, discriminator, heads, teachers = assembly.networks(recipe, manifest, world)
-        counts = {"G": numel(generator), "D": numel(discriminator), "heads": numel(heads)}
-        values = {"G": nbytes(generator.state_dict().values()) // FP32}
-        values["D"] = nbytes(discriminator.state_dict().values()) // FP32
-        networks = {"G": counts["G"] + counts["heads"], "D": counts["D"], "average": values["G"]}
-        of_teachers = {v.data_ptr(): v for teacher in teachers.values() for v in teacher.state_dict().values()}
-        scorer = scorer_of(recipe, manifest, world, generator) if recipe.metrics else None  # as the run holds it
-        scoring = [v for net in scorer.extractors.values() for v in net.state_dict().values()] if scorer else []
-        fixed = [*generator.buffers(), *discriminator.buffers(), *of_teachers.values(), *scoring]
-        figures = {
-            "data": where, "parameters": counts, **_schedule(recipe, world), "zero_stage": recipe.zero_stage,
-            "device": world.device.type, "memory": memory(recipe, networks, world.size, nbytes(fixed)),
-            "disk": disk(recipe, networks, values["G"] - counts["G"] + values["D"] - counts["D"]),
-        }  # fmt: skip
-        average = copy.deepcopy(generator).requires_grad_(False).eval()
-        g_module = GeneratorWithHeads(generator, heads)
-        frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
-        if resumed := checkpoint.resume_point(recipe.run_dir, world):
-            check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
-            for part, module in {"G": g_module, "D": discriminator, "G_ema": average}.items():
-                resumed.fill(part, module)
-            for length in recipe.ema.power:
-                resumed.fill(part_name(length), copy.deepcopy(average))
-        else:
-            assembly.first_values(recipe, world, manifest, g_module, discriminator, average, frozen, keep=False)
-        t = assembly.training(recipe, world, manifest, g_module, discriminator, teachers, frozen)
-        figures |= probe(t, manifest, average, clock, console)
+        with Peers(world, recipe.faults.rank_timeout, AGAIN):
+            figures = _measured(recipe, world, manifest, where, clock, console)
+            for table in tables(figures):
+                console.print(table)
+            if world.first:
+                print(json.dumps(figures), flush=True)
+            distributed.stop()
+
+
+def _measured(
+    recipe: Recipe, world: distributed.World, manifest: Manifest | None, where: str, clock: Callable[[], float],
+    console: Console,
+) -> dict[str, Any]:
+    """The figures, from networks and engines as the run would have them. A collective."""
+    generator, discriminator, heads, teachers = assembly.networks(recipe, manifest, world)
+    counts = {"G": numel(generator), "D": numel(discriminator), "heads": numel(heads)}
+    values = {"G": nbytes(generator.state_dict().values()) // FP32}
+    values["D"] = nbytes(discriminator.state_dict().values()) // FP32
+    networks = {"G": counts["G"] + counts["heads"], "D": counts["D"], "average": values["G"]}
+    of_teachers = {v.data_ptr(): v for teacher in teachers.values() for v in teacher.state_dict().values()}
+    scorer = scorer_of(recipe, manifest, world, generator) if recipe.metrics else None  # as the run holds it
+    scoring = [v for net in scorer.extractors.values() for v in net.state_dict().values()] if scorer else []
+    fixed = [*generator.buffers(), *discriminator.buffers(), *of_teachers.values(), *scoring]
+    figures = {
+        "data": where, "parameters": counts, **_schedule(recipe, world), "zero_stage": recipe.zero_stage,
+        "device": world.device.type, "memory": memory(recipe, networks, world.size, nbytes(fixed)),
+        "disk": disk(recipe, networks, values["G"] - counts["G"] + values["D"] - counts["D"]),
+    }  # fmt: skip
+    average = copy.deepcopy(generator).requires_grad_(False).eval()
+    g_module = GeneratorWithHeads(generator, heads)
+    frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
+    if resumed := checkpoint.resume_point(recipe.run_dir, world):
+        check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
+        for part, module in {"G": g_module, "D": discriminator, "G_ema": average}.items():
+            resumed.fill(part, module)
+        for length in recipe.ema.power:
+            resumed.fill(part_name(length), copy.deepcopy(average))
+    else:
+        assembly.first_values(recipe, world, manifest, g_module, discriminator, average, frozen, keep=False)
+    t = assembly.training(recipe, world, manifest, g_module, discriminator, teachers, frozen)
+    figures |= probe(t, manifest, average, clock, console)
     if "peak" in figures:
         figures["activations"] = max(figures["peak"] - sum(figures["memory"][recipe.zero_stage].values()), 0)
     figures["img_s"] = recipe.batch / figures["seconds_per_step"]
     figures["hours"] = (figures["steps"] - figures["done"]) * figures["seconds_per_step"] / 3600
-    for table in tables(figures):
-        console.print(table)
-    if world.first:
-        print(json.dumps(figures), flush=True)
-    distributed.stop()
+    return figures
 
 
 def _schedule(recipe: Recipe, world: distributed.World) -> dict[str, int | float]:

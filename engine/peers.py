@@ -19,22 +19,24 @@ import time
 from types import TracebackType
 
 from hsrgan.engine.distributed import World, from_first
-from hsrgan.engine.errors import EXIT_RANK_LOST, EXIT_USER_ERROR, UserError
+from hsrgan.engine.errors import EXIT_RANK_LOST, EXIT_RESUME, EXIT_USER_ERROR, RankError, UserError
 from hsrgan.engine.tensor_files import one_line
 
 GRACE_SECONDS = 1.0  # for the main thread to end by itself with something better to say
 CRASH_SECONDS = 3.0  # for the news of a peer's death, once a collective has failed
+RESUME, AGAIN = "the same command resumes the run from its last checkpoint", "give the same command again"
 
 
 class Peers:
     """A context in which the loss of another rank ends this process: one line on stderr, exit code EXIT_RANK_LOST.
 
-    Every rank enters it, after the process group is up. seconds: the silence after which a rank counts as lost. An
-    exception that leaves the context is told to the others, which end too: with exit code 2 after a `UserError`.
+    Every rank enters it, after the process group is up, and leaves that (`distributed.stop`) inside. seconds: the
+    silence after which a rank counts as lost; remedy: what to do then. An exception that leaves the context, other than
+    an exit to be resumed, is told to the others, which end too: with exit code 2 after a `UserError`.
     """
 
-    def __init__(self, world: World, seconds: float) -> None:
-        self.world, self.seconds = world, seconds
+    def __init__(self, world: World, seconds: float = 45.0, remedy: str = RESUME) -> None:
+        self.world, self.seconds, self.remedy = world, seconds, remedy
         self._names: dict[int, str] = {}
         self._sockets: dict[int, socket.socket] = {}
         self._unread: dict[int, bytes] = {}
@@ -44,7 +46,13 @@ class Peers:
 
     def __enter__(self) -> Peers:
         if self.world.size > 1:
-            self._connect()
+            try:
+                self._connect()
+            except OSError as error:
+                raise RankError(
+                    f"rank {self.world.rank} of {self.world.size} on {socket.gethostname()}: the ranks cannot watch "
+                    f"each other ({one_line(error)}): all must reach {os.environ['MASTER_ADDR']}, on any port"
+                ) from None
             self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
             self._thread.start()
         return self
@@ -61,7 +69,7 @@ class Peers:
         self._ending.set()
         if isinstance(error, UserError):
             self._tell(f"error {self.world.rank} {' '.join(str(error).split())}")
-        elif error is None or isinstance(error, SystemExit):
+        elif error is None or (isinstance(error, SystemExit) and error.code == EXIT_RESUME):
             self._tell("bye")
         else:
             self._tell(f"lost {self.world.rank} failed: {one_line(error)}")
@@ -79,7 +87,8 @@ class Peers:
                     peer, _ = server.accept()
                     peer.settimeout(self.seconds)
                     with contextlib.suppress(OSError, ValueError):  # a stranger's knock
-                        said, rank, name = peer.makefile("r").readline().strip().split(" ", 2)
+                        line = peer.makefile("rb", buffering=0).readline()  # and not a byte of what comes after it
+                        said, rank, name = line.decode().strip().split(" ", 2)
                         if secrets.compare_digest(said, token):
                             self._sockets[int(rank)], self._names[int(rank)] = peer, name
         else:
@@ -146,7 +155,7 @@ class Peers:
             return
         if not told or (self.world.local_rank == 0 and not mistake):
             name = f" ({self._names[rank]})" if rank in self._names else ""
-            remedy = "" if mistake else "; the same command resumes the run from its last checkpoint"
+            remedy = "" if mistake else f"; {self.remedy}"
             print(f"error: rank {rank}{name}{':' if mistake else ''} {what}{remedy}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -67,12 +67,13 @@ def load_snapshot(path: Path | str) -> tuple[Generator, dict]:
 
     Raises `UserError` as `read_metadata` does, and for one whose tensors do not fit the configuration it names.
     """
-    path, metadata = Path(path), read_metadata(path)
+    path = Path(path)
+    with _opened(path) as file:  # once: the snapshot of the best score may be replaced between two looks at it
+        metadata, tensors = _metadata(path, file), _tensors(file)
     try:
         generator = Generator(**metadata["generator"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise _no_generator(path, error) from error
-    tensors = read_tensors(path)
     _check_fit(path, generator.state_dict(), tensors)
     generator.load_state_dict(tensors)
     return generator.eval().requires_grad_(False), metadata
@@ -85,10 +86,33 @@ def read_metadata(path: Path | str) -> dict:
     Raises `UserError` for a missing file, one that is not safetensors or is cut short, and one that is not a snapshot.
     """
     path = Path(path)
+    with _opened(path) as file:
+        return _metadata(path, file)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A snapshot's state dict."""
+    with _opened(path) as file:
+        return _tensors(file)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     if not os.path.isfile(path):  # which, unlike Path.is_file, never raises
         raise UserError(f"snapshot {path}: no such file; give a .safetensors file from a run's snapshots folder")
-    with _whole(path), safe_open(path, framework="pt") as file:
-        metadata = dict(file.metadata() or {})
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"snapshot {path}: not a whole safetensors file ({error}); copy or make it again") from error
+
+
+def _tensors(file: safe_open) -> dict[str, torch.Tensor]:
+    return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _metadata(path: Path, file: safe_open) -> dict:
+    metadata = dict(file.metadata() or {})
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"snapshot {path}: its format is {metadata.get('format', 'not stated')}, not {FORMAT}; "
@@ -103,20 +127,6 @@ def read_metadata(path: Path | str) -> dict:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _no_generator(path, error) from error
     return metadata
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A snapshot's state dict."""
-    with _whole(path), safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"snapshot {path}: not a whole safetensors file ({error}); copy or make it again") from error
 
 
 def _no_generator(path: Path, error: Exception) -> UserError:

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
-from hsrgan.engine.aside import check_writable
+from hsrgan.engine.aside import check_writable, held
 from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.config import Recipe, check_paths, check_same_networks, load_recipe
@@ -51,11 +51,13 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
         check_paths(recipe)
         manifest = assembly.dataset(recipe.data)
     distributed.start(world, recipe.faults.rendezvous_timeout)
-    with Peers(world, recipe.faults.rank_timeout), Preemption(world) as preemption:
+    hold = held(Path(recipe.run_dir)) if world.first else contextlib.nullcontext()
+    with Peers(world, recipe.faults.rank_timeout), Preemption(world) as preemption, hold:
+        assembly.check_alike(recipe, world, manifest)
         diverged = ""
         while diverged := _run(recipe, world, manifest, preemption, diverged):
             gc.collect()  # the engines of the run that is rolled back
-    distributed.stop()
+        distributed.stop()
 
 
 def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemption: Preemption, diverged: str) -> str:
@@ -158,6 +160,7 @@ def _loop(
             if leaving and not last:
                 with writing():
                     log.note("preempted", f"{leaving} at {images / 1000:g} kimg: the same command resumes the run")
+                distributed.stop()
                 raise SystemExit(EXIT_RESUME)
         with writing():
             log.finish({"snapshot": out.snapshot_path(images)} | ({"best": out.best_path} if score else {}))

@@ -18,7 +18,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from hsrgan.engine import snapshot as snapshots
 from hsrgan.engine.digits import ensure_digits
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics import generator_metrics
 from hsrgan.engine.model import Generator
 from hsrgan.engine.snapshot import save_snapshot
@@ -113,6 +115,24 @@ def test_deepspeed_gives_the_same_on_two_ranks(alone, shards, snapshot, attribut
         assert two["values"] == pytest.approx(one["values"], abs=1e-9)
         assert two["protocol"] == one["protocol"] and two["snapshot_sha256"] == one["snapshot_sha256"]
     assert found[-1] | {"seconds": 0} == alone[-1] | {"seconds": 0} and (tmp_path / "two_als20" / "als.json").is_file()
+
+
+def test_a_snapshot_that_a_run_replaces_is_whole_or_refused(tmp_path, monkeypatch):
+    """Never the facts of one and the tensors of the other."""
+    path, other = (write_snapshot(tmp_path / f"{seed}.safetensors", seed) for seed in (0, 1))
+    real, old = snapshots._metadata, snapshots.load_snapshot(path)[0].state_dict()
+
+    def metadata(*args):
+        os.replace(other, path)
+        return real(*args)
+
+    monkeypatch.setattr(snapshots, "_metadata", metadata)
+    with pytest.raises(UserError, match="was replaced while it was read"):
+        eval_tool._load(path)
+    write_snapshot(other, 2)
+    os.replace(write_snapshot(tmp_path / "c.safetensors", 0), path)
+    loaded = snapshots.load_snapshot(path)[0].state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in old.items())
 
 
 def test_compare_seed_and_covariance(shards, snapshot, tmp_path):

@@ -16,13 +16,14 @@ from rich.console import Console
 from hsrgan.engine import distributed
 from hsrgan.engine.aside import writable
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import user_errors
+from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.metrics.extractor import load_extractor
 from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.metrics.report import Bars, comparison_chart, comparison_table, short_names
 from hsrgan.engine.model import Generator
+from hsrgan.engine.peers import AGAIN, Peers
 from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.snapshot import load_snapshot
@@ -94,29 +95,33 @@ def main(
             covariance=covariance.value, workers=workers,
             extras={"attributes": attributes, "allow_weak": allow_weak},
         )  # fmt: skip
-        with distributed.failing_together():
-            if out is not None and world.first:
-                with writable(out, "name another --out"):
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    out.touch()
-        for path, label, (generator, metadata) in zip(snapshots, short_names(snapshots), generators, strict=True):
-            facts = {"snapshot": str(path), "snapshot_sha256": sha256_of(path), "kimg": metadata["kimg"]}
-            for result in scorer.score(generator.to(world.device), label):
-                results.append(result | facts)
-                if world.first:
-                    _tell(results[-1], out)
-            generator.cpu()
-        if world.first:
-            tables, files = scorer.report(lambda name: out.with_name(f"{out.stem}_{name}") if out else Path(name))
-            if compare:
-                chart = (out or Path("compare")).with_suffix(".png")
-                comparison_chart(results, chart)
-                tables, files = [comparison_table(results), *tables], [chart, *files]
-            for table in tables:
-                Console().print(table)
-            for file in files:
-                typer.echo(file)
-    distributed.stop()
+        with Peers(world, remedy=AGAIN):
+            first = distributed.from_first([facts for _, facts in generators])
+            with distributed.failing_together():
+                for (_, facts), there in zip(generators, first, strict=True):
+                    if facts != there:
+                        raise _replaced(facts["snapshot"])
+                if out is not None and world.first:
+                    with writable(out, "name another --out"):
+                        out.parent.mkdir(parents=True, exist_ok=True)
+                        out.touch()
+            for label, (generator, facts) in zip(short_names(snapshots), generators, strict=True):
+                for result in scorer.score(generator.to(world.device), label):
+                    results.append(result | facts)
+                    if world.first:
+                        _tell(results[-1], out)
+                generator.cpu()
+            if world.first:
+                tables, files = scorer.report(lambda name: out.with_name(f"{out.stem}_{name}") if out else Path(name))
+                if compare:
+                    chart = (out or Path("compare")).with_suffix(".png")
+                    comparison_chart(results, chart)
+                    tables, files = [comparison_table(results), *tables], [chart, *files]
+                for table in tables:
+                    Console().print(table)
+                for file in files:
+                    typer.echo(file)
+            distributed.stop()
 
 
 def _prepared(
@@ -128,11 +133,11 @@ def _prepared(
     resize: str,
     **options: Any,
 ) -> tuple[Scorer, list[tuple[Generator, dict]]]:
-    """Everything that can be refused is, before anything is computed."""
+    """Everything that can be refused is, before anything is computed. Generators with what results say of them."""
     with before_meeting(world.rank, world.size):
         parsed = parse_metrics(metrics)
         manifest = load_manifest(data) if data else None
-        generators = [load_snapshot(path) for path in snapshots]
+        generators = [_load(path) for path in snapshots]
         extractors = {spec: load_extractor(spec, resize=resize) for spec in needed_extractors(parsed, features)}
         scorer = Scorer(parsed, extractors, manifest, world, features=features, cache=RealCache(world), **options)
         for path, (generator, _) in zip(snapshots, generators, strict=True):
@@ -142,6 +147,18 @@ def _prepared(
     for extractor in extractors.values():
         extractor.to(world.device)
     return scorer, generators
+
+
+def _load(path: Path) -> tuple[Generator, dict]:
+    sha256 = sha256_of(path) if path.is_file() else ""
+    generator, metadata = load_snapshot(path)
+    if sha256_of(path) != sha256:
+        raise _replaced(path)
+    return generator, {"snapshot": str(path), "snapshot_sha256": sha256, "kimg": metadata["kimg"]}
+
+
+def _replaced(path: Path | str) -> UserError:
+    return UserError(f"snapshot {path} was replaced while it was read, as a run does with its best: score a copy of it")
 
 
 def _tell(result: dict, out: Path | None) -> None:

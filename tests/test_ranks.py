@@ -1,0 +1,199 @@
+"""What a run of several ranks does where only one of them fails, or sees another file than the rest."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import forked
+import pytest
+
+from hsrgan.engine import assembly, stats, train
+from hsrgan.engine.errors import CannotWrite, UserError
+from hsrgan.engine.metrics import real_cache
+from hsrgan.tools import eval as eval_tool
+
+TEACHER = Path(__file__).parents[1] / "recipes" / "digits_teacher.safetensors"
+SCORED = ("metrics_kimg=0.032", f"metrics={{names: fid32_full, features: {TEACHER}}}")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "recipe.yaml").write_text(forked.RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(workspace) -> Path:
+    """A run of one step."""
+    forked.train(workspace, "run_dir=made", "kimg=0.008")
+    return workspace / "made"
+
+
+def first() -> bool:
+    return os.environ["RANK"] == "0"
+
+
+def errors(runs: list[forked.Run]) -> list[list[str]]:
+    """The lines of each that begin with "error:"; none may hold a traceback."""
+    assert not any("Traceback" in run.said for run in runs), "\n".join(run.said for run in runs)
+    return [[line for line in run.said.splitlines() if line.startswith("error:")] for run in runs]
+
+
+@contextlib.contextmanager
+def refuse(path: Path):
+    raise CannotWrite(f"cannot write {path}: No space left on device")
+    yield
+
+
+def plant_full_cache(cache: str) -> None:
+    os.environ["HSRGAN_CACHE"] = cache
+    real_cache.written_aside = refuse
+
+
+def test_a_cache_that_is_full_leaves_the_ranks_in_step(workspace):
+    """The first rank alone writes it; the run goes on without the score on every rank."""
+    plant = partial(plant_full_cache, str(workspace / "cache"))
+    runs = forked.start(workspace, "run_dir=full", "faults.disk_full=continue", *SCORED, ranks=2, plant=plant)
+    assert [run.ends(60) for run in runs] == [0, 0], runs[0].said + runs[1].said
+    assert runs[0].said.count("goes on without it") == 2
+
+
+def fail_on_the_second(where: str, name: str) -> None:
+    """What the module `where` calls `name` raises a UserError there."""
+    module = sys.modules[where]
+    real = getattr(module, name)
+
+    def call(*args, **kwargs):
+        if not first():
+            raise UserError("the file is damaged")
+        return real(*args, **kwargs)
+
+    setattr(module, name, call)
+
+
+def test_a_dry_run_says_on_what_one_rank_fails(workspace):
+    plant = partial(fail_on_the_second, "hsrgan.engine.assembly", "load_teachers")
+    runs = forked.start(workspace, "dry_run=true", ranks=2, plant=plant)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert "error: rank 1 (" in line and line.endswith("): the file is damaged") and not others
+
+
+def plant_bad_end() -> None:
+    """The first rank's last lines fail, when the others have nothing more to do."""
+    real = stats.RunLog.finish
+
+    def finish(log, paths):
+        if first():
+            time.sleep(0.5)
+            raise CannotWrite("cannot write curves.png")
+        real(log, paths)
+
+    stats.RunLog.finish = finish
+
+
+def test_a_rank_that_is_done_hears_how_the_others_end(workspace):
+    runs = forked.start(workspace, "run_dir=end", "kimg=0.016", ranks=2, plant=plant_bad_end)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert line == "error: cannot write curves.png" and not others
+
+
+def plant_eval(snapshot: str, data: str, folder: str, fault: str) -> None:
+    """tools/eval.py in place of a training; its second rank fails once they have met, or has read another file."""
+    os.environ["HSRGAN_CACHE"] = folder
+    command = [snapshot, "--data", data, "--metrics", "fid32_full", "--features", str(TEACHER), "--workers", "0"]
+    train.app = lambda argv, standalone_mode: eval_tool.app(command, standalone_mode=False)
+    if fault == "fails":
+        fail_on_the_second("hsrgan.tools.eval", "short_names")
+    elif not first():
+        eval_tool.sha256_of = lambda path: "of what is there by now"
+
+
+@pytest.mark.parametrize(("fault", "says"), [
+    ("fails", "): the file is damaged"),
+    ("replaced", ".safetensors was replaced while it was read, as a run does with its best: score a copy of it"),
+])
+def test_scoring_says_what_is_wrong_on_one_rank(workspace, made, fault, says):
+    (snapshot,), (data,) = (made / "snapshots").iterdir(), (workspace / "datasets").iterdir()
+    plant = partial(plant_eval, str(snapshot), str(data), str(workspace / "cache"), fault)
+    runs = forked.start(workspace, ranks=2, plant=plant)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert line.endswith(says) and not others
+
+
+def plant_other_data() -> None:
+    real = assembly.dataset
+    assembly.dataset = lambda data: dataclasses.replace(real(data), sha256="packed anew")
+
+
+def test_ranks_that_read_different_things_do_not_train_together(workspace):
+    """Here of two runs on one port, one of which has lost its first rank over it; so it is with files that change."""
+    port = forked.free_port()
+    runs = forked.start(workspace, "run_dir=a", ranks=2, port=port, absent=1)
+    options = ("run_dir=b", "generator.lr=0.001", "data.shards=null")
+    runs += forked.start(workspace, *options, ranks=2, port=port, absent=0, plant=plant_other_data)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert "rank 1 on " in line and "what rank 0 has: generator.lr, run_dir, the data set (" in line and not others
+
+
+def plant_other_init(path: str) -> None:
+    """The second rank finds another file; both say what they start from."""
+    start_from, first_values = assembly.start_from, assembly.first_values
+
+    def start(init_from, *rest):
+        return start_from(init_from if first() else path, *rest)
+
+    def values(recipe, world, manifest, *networks_and_more):
+        first_values(recipe, world, manifest, *networks_and_more)
+        for network in networks_and_more[:3]:
+            print("starts from", [value.double().sum().item() for value in network.state_dict().values()])
+
+    assembly.start_from, assembly.first_values = start, values
+
+
+def test_ranks_start_from_the_same_networks(workspace, made):
+    (snapshot,), (newest,) = (made / "snapshots").iterdir(), (made / "checkpoints").glob("0*")
+    plant = partial(plant_other_init, str(newest))
+    runs = forked.start(workspace, "run_dir=from", "kimg=0.008", f"init_from={snapshot}", ranks=2, plant=plant)
+    assert [run.ends(60) for run in runs] == [0, 0], runs[0].said
+    told = [[line for line in run.said.splitlines() if line.startswith("starts from")] for run in runs]
+    assert told[0] == told[1] and len(told[0]) == 3
+
+
+def plant_rest(marker: str) -> None:
+    """The run waits, once, before its second step, with the loader's workers there, until it is told to go on."""
+    real = train.run_phase
+
+    def run_phase(phase, t, images, *rest):
+        while images == 8 and first() and not Path(marker).exists():
+            Path(f"{marker}-waits").touch()
+            time.sleep(0.05)
+        real(phase, t, images, *rest)
+
+    train.run_phase = run_phase
+
+
+def test_two_runs_do_not_write_into_one_folder(workspace):
+    """The second is refused on all ranks; after a kill the folder is free at once, whoever still lives on."""
+    marker = workspace / "go on"
+    options = ("run_dir=held", "kimg=0.016", "data.workers=1")
+    (killed,) = forked.start(workspace, *options, plant=partial(plant_rest, str(marker)))
+    deadline = time.monotonic() + 60
+    while not (workspace / "go on-waits").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    runs = forked.start(workspace, *options, ranks=2)
+    assert [run.ends(60) for run in runs] == [2, 2]
+    (line,), others = errors(runs)
+    assert f"pid {killed.process.pid} is at work in held: end it first" in line and not others
+    killed.process.kill()
+    assert killed.ends() == -signal.SIGKILL
+    forked.train(workspace, *options)
