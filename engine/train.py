@@ -10,7 +10,6 @@ import contextlib
 import copy
 import gc
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from hsrgan.engine.config import Recipe, check_paths, check_same_networks, load_
 from hsrgan.engine.data import open_stream
 from hsrgan.engine.dry_run import dry_run
 from hsrgan.engine.ema import ema_beta, update_ema
-from hsrgan.engine.errors import EXIT_RESUME, user_errors
+from hsrgan.engine.errors import EXIT_RESUME
 from hsrgan.engine.faults import Preemption, Writing, not_finite
 from hsrgan.engine.freezing import frozen_otherwise, frozen_parameters
 from hsrgan.engine.outputs import PICTURES, Outputs
@@ -184,8 +183,7 @@ def main(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     """Train a StyleGAN2 with HSR from a recipe. The same command again resumes the run."""
-    with user_errors(quiet=os.environ.get("LOCAL_RANK", "0") != "0"):  # one line a machine
-        train(recipe, overrides or [])
+    train(recipe, overrides or [])
 
 
 if __name__ == "__main__":

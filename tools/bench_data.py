@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.data import open_stream
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.samples import PIL_FORMATS
 from hsrgan.engine.shard_writer import ShardWriter
 from hsrgan.engine.shards import Manifest, load_manifest
@@ -224,27 +224,26 @@ def main(
 
       python tools/bench_data.py --resolutions 32,256 --workers 0,2 --json loader.json
     """
-    with user_errors():
-        console, rows = Console(width=max(Console().width, 118)), []  # the table's; a pipe has 80
-        sides = _numbers(resolutions, "--resolutions", COUNTS.__contains__)
-        counts = _numbers(workers, "--workers", lambda n: True)
-        facts = {"cpus": len(os.sched_getaffinity(0)), "versions": versions(), "date": now()}
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        for side in sides:
-            with tempfile.TemporaryDirectory(prefix="bench_data-") as folder:
-                files = make(Path(folder), side, images or COUNTS[side], format.value)
-                size = min(batch, files.manifest.count, max(2, BATCH_PIXELS // side**2))
-                with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-                    task = progress.add_task(f"{side}²: comparing pixels", total=len(counts) * len(LOADERS) * turns)
-                    check_equal(files, size)
-                    for i, number in enumerate(counts):
-                        progress.update(task, completed=i * len(LOADERS) * turns)
-                        told = functools.partial(_tell, progress, task, f"{side}², {number} workers: ")
-                        rows += [row | facts for row in bench(files, size, number, seconds, turns, told)]
-        print_rows(rows, console)
-        if json_file:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    console, rows = Console(width=max(Console().width, 118)), []  # the table's; a pipe has 80
+    sides = _numbers(resolutions, "--resolutions", COUNTS.__contains__)
+    counts = _numbers(workers, "--workers", lambda n: True)
+    facts = {"cpus": len(os.sched_getaffinity(0)), "versions": versions(), "date": now()}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    for side in sides:
+        with tempfile.TemporaryDirectory(prefix="bench_data-") as folder:
+            files = make(Path(folder), side, images or COUNTS[side], format.value)
+            size = min(batch, files.manifest.count, max(2, BATCH_PIXELS // side**2))
+            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                task = progress.add_task(f"{side}²: comparing pixels", total=len(counts) * len(LOADERS) * turns)
+                check_equal(files, size)
+                for i, number in enumerate(counts):
+                    progress.update(task, completed=i * len(LOADERS) * turns)
+                    told = functools.partial(_tell, progress, task, f"{side}², {number} workers: ")
+                    rows += [row | facts for row in bench(files, size, number, seconds, turns, told)]
+    print_rows(rows, console)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

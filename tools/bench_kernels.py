@@ -30,7 +30,7 @@ from rich.table import Table
 
 from hsrgan import kernels
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.kernels import builds, launch
 from hsrgan.kernels.builds import GPUS, Gpu
 from hsrgan.kernels.conv_table import IMPLEMENTATIONS
@@ -282,42 +282,41 @@ def main(
 
       python tools/bench_kernels.py --shapes shapes.yaml --gpu MI300X
     """
-    with user_errors():
-        calls = kernel_shapes.calls(
-            {name: kernel_shapes.MODELS[name] for name in chosen(model_names, kernel_shapes.MODELS, "model")}, batch
-        ) if shapes is None else read_shapes(shapes)  # fmt: skip
-        there = tuple(dict.fromkeys(call.op for call in calls))
-        wanted = chosen(ops, there, "op") if ops else there
-        calls = [call for call in calls if call.op in wanted]
-        types = [DTYPES[name] for name in chosen(dtypes, DTYPES, "dtype")]
-        cases = kernel_timing.cases(calls, types, chosen(modes, MODES, "mode"))
-        if gpu not in GPUS:
-            raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
-        launch.allow_tf32(tf32)
-        console = Console()
-        if not torch.cuda.is_available():
-            if os.environ.get("TRITON_INTERPRET") == "1":
-                raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
-            rows = model(cases, GPUS[gpu], jobs)
-            if out is not None:
-                sheet = {"copy": GPUS[gpu].bandwidth} | {
-                    name: GPUS[gpu].matrix if DTYPES[name].itemsize == 2 else GPUS[gpu].vector for name in DTYPES
-                }
-                write(rows, out, sheet)
-            print_model(rows, GPUS[gpu], console)
-            return
-        rivals = kernel_timing.providers(stylegan3)
-        stopwatch = kernel_timing.Stopwatch()
-        best: dict[str, float] = {}
+    calls = kernel_shapes.calls(
+        {name: kernel_shapes.MODELS[name] for name in chosen(model_names, kernel_shapes.MODELS, "model")}, batch
+    ) if shapes is None else read_shapes(shapes)  # fmt: skip
+    there = tuple(dict.fromkeys(call.op for call in calls))
+    wanted = chosen(ops, there, "op") if ops else there
+    calls = [call for call in calls if call.op in wanted]
+    types = [DTYPES[name] for name in chosen(dtypes, DTYPES, "dtype")]
+    cases = kernel_timing.cases(calls, types, chosen(modes, MODES, "mode"))
+    if gpu not in GPUS:
+        raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
+    launch.allow_tf32(tf32)
+    console = Console()
+    if not torch.cuda.is_available():
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
+        rows = model(cases, GPUS[gpu], jobs)
+        if out is not None:
+            sheet = {"copy": GPUS[gpu].bandwidth} | {
+                name: GPUS[gpu].matrix if DTYPES[name].itemsize == 2 else GPUS[gpu].vector for name in DTYPES
+            }
+            write(rows, out, sheet)
+        print_model(rows, GPUS[gpu], console)
+        return
+    rivals = kernel_timing.providers(stylegan3)
+    stopwatch = kernel_timing.Stopwatch()
+    best: dict[str, float] = {}
 
-        def measured() -> dict[str, float]:
-            best.update(kernel_timing.roofs(stopwatch, types))
-            return best
+    def measured() -> dict[str, float]:
+        best.update(kernel_timing.roofs(stopwatch, types))
+        return best
 
-        rows = bench(cases, rivals, "cuda", stopwatch, measured)
-        device = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
-        write(rows, out or OUT / f"kernels_{device}", best)
-        print_timed(rows, best, console)
+    rows = bench(cases, rivals, "cuda", stopwatch, measured)
+    device = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
+    write(rows, out or OUT / f"kernels_{device}", best)
+    print_timed(rows, best, console)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.kernels import launch
 from hsrgan.kernels.builds import GPUS
 from hsrgan.tools import train_cpu, train_gpu, train_model, train_stylegan3
@@ -100,37 +100,36 @@ def main(
 
       python tools/bench_train.py --resolutions 32,64 --json train_cpu.json
     """
-    with user_errors():
-        there = torch.cuda.is_available()
-        console = Console(width=max(Console().width, WIDTH))  # the table's; a pipe has 80
-        if resolutions and models:
-            raise UserError("--resolutions is the CPU's and --model a GPU's: give one of them")
-        if resolutions or not (models or there):
-            on_cpu(resolutions or "32,64", turns, json_file, console)
-            return
-        if gpu not in GPUS:
-            raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
-        if precision not in PRECISIONS:
-            raise UserError(f"--precision {precision}: there are {', '.join(PRECISIONS)}")
-        if batch % 2:
-            raise UserError(f"--batch {batch}: path length works on half of it, so it must be even")
-        if stylegan3 is not None and not there:
-            raise UserError("--stylegan3 is timed on a GPU, and there is none here: leave it out")
-        wanted = variants(chosen(models or ",".join(MODELS), MODELS, "model"), precision, batch)
-        device = torch.cuda.get_device_name() if there else f"{gpu} (data sheet)"
-        launch.allow_tf32(False)  # as in the recipes; PyTorch's default lets cuDNN take tf32 for the fp32 truth
-        facts = {"device": device, "versions": versions(), "date": now()}
-        found = train_gpu.bench(wanted, turns, train_gpu.Gpu()) if there else train_model.model(wanted, GPUS[gpu])
-        what = "timing" if there else "counting"
-        rows = [r | facts for r in track(found, what, total=len(wanted), console=Console(stderr=True), transient=True)]
-        if stylegan3 is not None:
-            rows += [r | facts for r in train_stylegan3.bench(stylegan3, wanted, turns, train_gpu.Gpu())]
-        if there or out is not None:
-            write(rows, out or OUT / f"train_{device.lower().replace(' ', '_').replace('/', '_')}")
-        title = f"{device}, {precision}, batch {batch}"
-        print_rows(rows, title if there else f"{title}: the static model's floors. NOTHING WAS TIMED", console)
-        if not there:
-            console.print(f"No GPU here: nothing was timed. Floors are {gpu}'s data sheet, not a measurement.")
+    there = torch.cuda.is_available()
+    console = Console(width=max(Console().width, WIDTH))  # the table's; a pipe has 80
+    if resolutions and models:
+        raise UserError("--resolutions is the CPU's and --model a GPU's: give one of them")
+    if resolutions or not (models or there):
+        on_cpu(resolutions or "32,64", turns, json_file, console)
+        return
+    if gpu not in GPUS:
+        raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision}: there are {', '.join(PRECISIONS)}")
+    if batch % 2:
+        raise UserError(f"--batch {batch}: path length works on half of it, so it must be even")
+    if stylegan3 is not None and not there:
+        raise UserError("--stylegan3 is timed on a GPU, and there is none here: leave it out")
+    wanted = variants(chosen(models or ",".join(MODELS), MODELS, "model"), precision, batch)
+    device = torch.cuda.get_device_name() if there else f"{gpu} (data sheet)"
+    launch.allow_tf32(False)  # as in the recipes; PyTorch's default lets cuDNN take tf32 for the fp32 truth
+    facts = {"device": device, "versions": versions(), "date": now()}
+    found = train_gpu.bench(wanted, turns, train_gpu.Gpu()) if there else train_model.model(wanted, GPUS[gpu])
+    what = "timing" if there else "counting"
+    rows = [r | facts for r in track(found, what, total=len(wanted), console=Console(stderr=True), transient=True)]
+    if stylegan3 is not None:
+        rows += [r | facts for r in train_stylegan3.bench(stylegan3, wanted, turns, train_gpu.Gpu())]
+    if there or out is not None:
+        write(rows, out or OUT / f"train_{device.lower().replace(' ', '_').replace('/', '_')}")
+    title = f"{device}, {precision}, batch {batch}"
+    print_rows(rows, title if there else f"{title}: the static model's floors. NOTHING WAS TIMED", console)
+    if not there:
+        console.print(f"No GPU here: nothing was timed. Floors are {gpu}'s data sheet, not a measurement.")
 
 
 if __name__ == "__main__":

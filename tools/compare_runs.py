@@ -15,7 +15,7 @@ from rich.table import Table
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.curves import curves_of, thinned
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.stats import read_log
 
 END = 0.1  # the last tenth of a curve is its end: one tick alone is noise
@@ -94,22 +94,21 @@ def main(
 
       python tools/compare_runs.py runs/fp32 runs/bf16 --keys score/real,score/fake --out compared.png
     """
-    with user_errors():
-        if out.suffix != ".png":
-            raise UserError(f"--out is {out}, allowed: a name that ends in .png")
-        curves = compared(runs, [key for key in keys.split(",") if key])
-        draw(curves, out)
-        figures = {
-            key: {name: {"end": end(c), "kimg": c[0].tolist(), "value": c[1].tolist()} for name, c in of_key.items()}
-            for key, of_key in curves.items()
-        }
-        with written_aside(out.with_suffix(".json")) as aside:
-            aside.write_text(json.dumps(figures) + "\n", encoding="utf-8")
-        table = Table("end of run", *_names(runs))
-        for key, of_key in curves.items():
-            table.add_row(key, *(f"{end(of_key[name]):.4g}" if name in of_key else "–" for name in _names(runs)))
-        Console().print(table)
-        typer.echo(f"curves in {out}, figures in {out.with_suffix('.json')}")
+    if out.suffix != ".png":
+        raise UserError(f"--out is {out}, allowed: a name that ends in .png")
+    curves = compared(runs, [key for key in keys.split(",") if key])
+    draw(curves, out)
+    figures = {
+        key: {name: {"end": end(c), "kimg": c[0].tolist(), "value": c[1].tolist()} for name, c in of_key.items()}
+        for key, of_key in curves.items()
+    }
+    with written_aside(out.with_suffix(".json")) as aside:
+        aside.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    table = Table("end of run", *_names(runs))
+    for key, of_key in curves.items():
+        table.add_row(key, *(f"{end(of_key[name]):.4g}" if name in of_key else "–" for name in _names(runs)))
+    Console().print(table)
+    typer.echo(f"curves in {out}, figures in {out.with_suffix('.json')}")
 
 
 if __name__ == "__main__":

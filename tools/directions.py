@@ -30,7 +30,7 @@ from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.direction_sheet import STRENGTHS, contact_sheet
 from hsrgan.engine.distributed import World
 from hsrgan.engine.edits import parse_layers
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.attributes import load_attributes, nearest
 from hsrgan.engine.metrics.directions import (
     FEWEST,
@@ -126,7 +126,7 @@ def _factorised(kind: str) -> Callable[..., None]:
         out: Out = DEFAULT,
         batch: options.Batch = BATCH,
     ) -> None:
-        with user_errors(), Bars() as bars:
+        with Bars() as bars:
             _check_out(out)
             check_psi(psi)
             shown = parse_seeds(seeds)
@@ -173,7 +173,7 @@ def svm(
 
       python tools/directions.py svm model.safetensors --attributes attributes.safetensors
     """
-    with user_errors(), Bars() as bars:
+    with Bars() as bars:
         _check_out(out)
         check_psi(psi)
         shown = parse_seeds(seeds)
@@ -205,21 +205,20 @@ def rename(
 
       python tools/directions.py name directions.safetensors pca0=pose pca3=age
     """
-    with user_errors():
-        directions = load_directions(file)
-        known = list(directions.names)
-        for pair in names:
-            old, equals, new = pair.partition("=")
-            if not (equals and new) or old not in known:
-                hint = nearest(old, known) if equals and new else ": write it like pca0=pose"
-                raise UserError(f"{pair}: {file} has no direction {old!r}{hint}")
-            if new in known:
-                raise UserError(f"{pair}: {file} has a direction {new!r} already; choose another name")
-            known[known.index(old)] = new
-        with safe_open(file, "pt") as opened:
-            command = opened.metadata()["command"]
-        _save(dataclasses.replace(directions, names=tuple(known)), file, command)
-        typer.echo(f"{file}: {', '.join(known)}")
+    directions = load_directions(file)
+    known = list(directions.names)
+    for pair in names:
+        old, equals, new = pair.partition("=")
+        if not (equals and new) or old not in known:
+            hint = nearest(old, known) if equals and new else ": write it like pca0=pose"
+            raise UserError(f"{pair}: {file} has no direction {old!r}{hint}")
+        if new in known:
+            raise UserError(f"{pair}: {file} has a direction {new!r} already; choose another name")
+        known[known.index(old)] = new
+    with safe_open(file, "pt") as opened:
+        command = opened.metadata()["command"]
+    _save(dataclasses.replace(directions, names=tuple(known)), file, command)
+    typer.echo(f"{file}: {', '.join(known)}")
 
 
 def _check_out(out: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hsrgan.engine.aside import writable
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.model import Generator
 from hsrgan.engine.pictures import image_grid, save_png
 from hsrgan.engine.power_ema import LONGEST, Fit, fit
@@ -163,31 +163,30 @@ def main(
 
       python tools/ema.py runs/ffhq --length 0.03 --length 0.08 --length 0.15 --out averages/ffhq.safetensors
     """
-    with user_errors():
-        chosen = parse_seeds(seeds)
-        check_psi(psi)
-        if out.suffix != ".safetensors":
-            raise UserError(f"--out {out}: the name must end in .safetensors; a .png is written beside it")
-        if len(set(length)) < len(length):
-            raise UserError(f"--length {max(length, key=length.count):g} is given twice; name each once")
-        used = until(stored_averages(run), at)
-        fits = fit_lengths(used, length)
-        with writable(out.parent, "name another --out"):
-            out.parent.mkdir(parents=True, exist_ok=True)
-        newest, pictures = used[-1], {}
-        for one_length, one, parameters in zip(length, fits, combine(used, fits), strict=True):
-            path = out if len(length) == 1 else out.with_name(f"{out.stem}-{one_length:g}{out.suffix}")
-            generator, kimg = reconstructed(newest, parameters), newest.images / 1000
-            facts = {"length": one_length, "images": newest.images, "residual": one.residual, "averages": len(used)}
-            save_snapshot(
-                path, generator, recipe_json=json.dumps(newest.metadata["recipe"], sort_keys=True), kimg=kimg,
-                dataset=newest.metadata["dataset"], power=facts,
-            )  # fmt: skip
-            typer.echo(json.dumps({**facts, "kimg": kimg, "snapshot": str(path)}))
-            with contextlib.redirect_stdout(sys.stderr):  # its progress
-                images = generate(place(generator), chosen, psi=psi, noise_mode="const")
-            pictures[f"{one_length:g}"] = image_grid(images)
-        save_png(side_by_side(pictures), out.with_suffix(".png"))
+    chosen = parse_seeds(seeds)
+    check_psi(psi)
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: the name must end in .safetensors; a .png is written beside it")
+    if len(set(length)) < len(length):
+        raise UserError(f"--length {max(length, key=length.count):g} is given twice; name each once")
+    used = until(stored_averages(run), at)
+    fits = fit_lengths(used, length)
+    with writable(out.parent, "name another --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    newest, pictures = used[-1], {}
+    for one_length, one, parameters in zip(length, fits, combine(used, fits), strict=True):
+        path = out if len(length) == 1 else out.with_name(f"{out.stem}-{one_length:g}{out.suffix}")
+        generator, kimg = reconstructed(newest, parameters), newest.images / 1000
+        facts = {"length": one_length, "images": newest.images, "residual": one.residual, "averages": len(used)}
+        save_snapshot(
+            path, generator, recipe_json=json.dumps(newest.metadata["recipe"], sort_keys=True), kimg=kimg,
+            dataset=newest.metadata["dataset"], power=facts,
+        )  # fmt: skip
+        typer.echo(json.dumps({**facts, "kimg": kimg, "snapshot": str(path)}))
+        with contextlib.redirect_stdout(sys.stderr):  # its progress
+            images = generate(place(generator), chosen, psi=psi, noise_mode="const")
+        pictures[f"{one_length:g}"] = image_grid(images)
+    save_png(side_by_side(pictures), out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import typer
 from hsrgan.engine import exporting, publishing
 from hsrgan.engine.aside import check_writable, folder_written_aside, written_aside
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.exporting import BATCHES, BOUNDS, PARTS, Graph
 from hsrgan.engine.metrics.fp32 import exact_fp32
 from hsrgan.engine.metrics.report import Bars
@@ -157,38 +157,37 @@ def main(
 
       python tools/export.py model.safetensors --to hf --out my-model
     """
-    with user_errors():
-        name, form, which = to.value, FORMS[to.value], part.value
-        generator, metadata = load_snapshot(snapshot)
-        _check_options(name, which, psi, cutoff, noise and noise.value, precision.value, generator.num_ws)
-        exporting.need(form.packages, f"--to {name}")
-        if name == "aoti":
-            exporting.need_compiler(f"--to {name}")
-        if psi is not None:
-            check_psi(psi)
-        out = _target(out, snapshot, name, which)
-        if name in ("torch_export", "aoti") and torch.cuda.is_available():
-            generator.cuda()  # the file runs where it was made
-        truth = Graph(generator, part=which, psi=psi, cutoff=cutoff, noise_mode=noise.value if noise else "const")
-        label, device = f"--to {name}: {out.name}", next(generator.parameters()).device
-        with (
-            Bars() as bars,
-            exact_fp32(device),
-            warnings.catch_warnings(),
-            (folder_written_aside if name == "hf" else written_aside)(out) as aside,
-        ):
-            warnings.simplefilter("ignore")  # the exporters' own, about their insides
-            bars("writing", 0, 1)
-            if form.is_graph:
-                facts = truth.facts() | {"precision": precision.value, "kimg": metadata["kimg"]}
-                run = form.write(truth.with_half() if precision.value == "fp16" else truth, aside, facts)
-            else:
-                loaded = form.write(aside, generator, metadata, precision.value)
-                publishing.check_weights(loaded, generator, precision.value, label)
-                run = Graph(loaded).run
-            bars("writing", 1, 1)
-            worst = exporting.check(run, truth, BOUNDS[precision.value], label, bars)
-        _tell(name, out, truth, f"{snapshot.name} ({metadata['kimg']:g} kimg)", precision.value, worst)
+    name, form, which = to.value, FORMS[to.value], part.value
+    generator, metadata = load_snapshot(snapshot)
+    _check_options(name, which, psi, cutoff, noise and noise.value, precision.value, generator.num_ws)
+    exporting.need(form.packages, f"--to {name}")
+    if name == "aoti":
+        exporting.need_compiler(f"--to {name}")
+    if psi is not None:
+        check_psi(psi)
+    out = _target(out, snapshot, name, which)
+    if name in ("torch_export", "aoti") and torch.cuda.is_available():
+        generator.cuda()  # the file runs where it was made
+    truth = Graph(generator, part=which, psi=psi, cutoff=cutoff, noise_mode=noise.value if noise else "const")
+    label, device = f"--to {name}: {out.name}", next(generator.parameters()).device
+    with (
+        Bars() as bars,
+        exact_fp32(device),
+        warnings.catch_warnings(),
+        (folder_written_aside if name == "hf" else written_aside)(out) as aside,
+    ):
+        warnings.simplefilter("ignore")  # the exporters' own, about their insides
+        bars("writing", 0, 1)
+        if form.is_graph:
+            facts = truth.facts() | {"precision": precision.value, "kimg": metadata["kimg"]}
+            run = form.write(truth.with_half() if precision.value == "fp16" else truth, aside, facts)
+        else:
+            loaded = form.write(aside, generator, metadata, precision.value)
+            publishing.check_weights(loaded, generator, precision.value, label)
+            run = Graph(loaded).run
+        bars("writing", 1, 1)
+        worst = exporting.check(run, truth, BOUNDS[precision.value], label, bars)
+    _tell(name, out, truth, f"{snapshot.name} ({metadata['kimg']:g} kimg)", precision.value, worst)
 
 
 def _tell(name: str, out: Path, truth: Graph, source: str, precision: str, worst: float) -> None:

@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.attributes import WEAK, AttributeClassifier, balanced_accuracies, save_attributes
 from hsrgan.engine.shards import MANIFEST, load_manifest
 from hsrgan.tools.fit_teacher import Images, Views, build, channel_statistics, hold_out, parse_args, read_images
@@ -169,50 +169,49 @@ def main(
 
       python tools/fit_attributes.py img_align_celeba/ --table list_attr_celeba.txt --resolution 128 --model resnet18 --kimg 2000 --mirror
     """  # noqa: E501 (a command to copy)
-    with user_errors():
-        console = Console()
-        if not os.access(out.parent, os.W_OK):
-            raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written: name another")
-        side = _resolution(data, resolution)
-        images = read_images(data, side)
-        names, labels = labelled(images, table, data)
-        facts = {**parse_args(model_args), "num_classes": len(names)}
-        net, kwargs = build(model, facts, side, seed, role="classifier")
+    console = Console()
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written: name another")
+    side = _resolution(data, resolution)
+    images = read_images(data, side)
+    names, labels = labelled(images, table, data)
+    facts = {**parse_args(model_args), "num_classes": len(names)}
+    net, kwargs = build(model, facts, side, seed, role="classifier")
 
-        order = torch.arange(len(images.pixels))
-        halves = hold_out(Images(images.pixels, order, (), images.names), seed)
-        (train, test), (train_labels, test_labels) = halves, [labels[half.labels] for half in halves]
-        for a, name in enumerate(names):
-            for part in (train_labels, test_labels):
-                if part[:, a].sum() in (0, len(part)):
-                    share = "every" if part[:, a].any() else "no"
-                    raise UserError(f"attribute {name} is present in {share} image of {len(part)}: it cannot be learnt "
-                                    "and judged on these; give more images, or leave it out of the table")
-        mean, std = channel_statistics(train)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        console.print(f"{len(images.pixels)} images, {len(train.pixels)} of them to fit on; {len(names)} attributes; "
-                      f"{model} of {sum(p.numel() for p in net.parameters()):,} parameters at {side}x{side}")
+    order = torch.arange(len(images.pixels))
+    halves = hold_out(Images(images.pixels, order, (), images.names), seed)
+    (train, test), (train_labels, test_labels) = halves, [labels[half.labels] for half in halves]
+    for a, name in enumerate(names):
+        for part in (train_labels, test_labels):
+            if part[:, a].sum() in (0, len(part)):
+                share = "every" if part[:, a].any() else "no"
+                raise UserError(f"attribute {name} is present in {share} image of {len(part)}: it cannot be learnt "
+                                "and judged on these; give more images, or leave it out of the table")
+    mean, std = channel_statistics(train)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console.print(f"{len(images.pixels)} images, {len(train.pixels)} of them to fit on; {len(names)} attributes; "
+                  f"{model} of {sum(p.numel() for p in net.parameters()):,} parameters at {side}x{side}")
 
-        mean_c, std_c = (torch.tensor(v).view(1, 3, 1, 1).to(device) for v in (mean, std))
-        views = Views(rotation, mirror)
-        fit(net.to(device), train, train_labels, mean_c, std_c, views, kimg=kimg, batch=batch, lr=lr,
-            console=console)
+    mean_c, std_c = (torch.tensor(v).view(1, 3, 1, 1).to(device) for v in (mean, std))
+    views = Views(rotation, mirror)
+    fit(net.to(device), train, train_labels, mean_c, std_c, views, kimg=kimg, batch=batch, lr=lr,
+        console=console)
 
-        def classifier(accuracy: Sequence[float | None]) -> AttributeClassifier:
-            return AttributeClassifier(net, names, input_size=(side, side), mean=mean, std=std,
-                                       balanced_accuracy=accuracy).to(device)
+    def classifier(accuracy: Sequence[float | None]) -> AttributeClassifier:
+        return AttributeClassifier(net, names, input_size=(side, side), mean=mean, std=std,
+                                   balanced_accuracy=accuracy).to(device)
 
-        untold = classifier([None] * len(names))
-        batches = torch.arange(len(test.pixels)).split(256)
-        logits = torch.cat([untold(test.unit(part).to(device) * 2 - 1).cpu() for part in batches])
-        fitted = classifier(balanced_accuracies(logits, test_labels))
-        save_attributes(out, fitted, model=model, kwargs=kwargs,
-                        source=shlex.join(["python", "tools/fit_attributes.py", *sys.argv[1:]]))
-        console.print(_report(fitted, test_labels))
-        if weak := fitted.weak():
-            console.print(f"{len(weak)} of {len(names)} attributes are below {WEAK} and are not scored without "
-                          "--allow-weak")
-        console.print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+    untold = classifier([None] * len(names))
+    batches = torch.arange(len(test.pixels)).split(256)
+    logits = torch.cat([untold(test.unit(part).to(device) * 2 - 1).cpu() for part in batches])
+    fitted = classifier(balanced_accuracies(logits, test_labels))
+    save_attributes(out, fitted, model=model, kwargs=kwargs,
+                    source=shlex.join(["python", "tools/fit_attributes.py", *sys.argv[1:]]))
+    console.print(_report(fitted, test_labels))
+    if weak := fitted.weak():
+        console.print(f"{len(weak)} of {len(names)} attributes are below {WEAK} and are not scored without "
+                      "--allow-weak")
+    console.print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.data import Plan, open_stream
 from hsrgan.engine.digits import ensure_digits
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.shards import MANIFEST, load_manifest
 from hsrgan.engine.teacher import Teacher, create_timm, load_teacher, save_teacher
 from hsrgan.tools.pack_sources import open_source, reader
@@ -368,31 +368,30 @@ def main(
 
       python tools/fit_teacher.py shards/ --model resnet10t --resolution 64
     """
-    with user_errors():
-        console = Console()
-        if not os.access(out.parent, os.W_OK):
-            raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written: name another")
-        kwargs = {**parse_args(model_args or (SMALL_VIT_ARGS if model == SMALL_VIT else "")), "num_classes": 0}
-        net, kwargs = build(model, kwargs, resolution, seed)
-        images = read_images(data, resolution)
-        if len(images.pixels) < 10:
-            raise UserError(f"{data} holds {len(images.pixels)} images: give ten at least, better thousands")
-        train, test = hold_out(images, seed)
-        mean, std = channel_statistics(train)
-        console.print(f"{len(images.pixels)} images, {len(train.pixels)} of them to fit on; {model} of "
-                      f"{sum(p.numel() for p in net.parameters()):,} parameters at {resolution}x{resolution}")
+    console = Console()
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written: name another")
+    kwargs = {**parse_args(model_args or (SMALL_VIT_ARGS if model == SMALL_VIT else "")), "num_classes": 0}
+    net, kwargs = build(model, kwargs, resolution, seed)
+    images = read_images(data, resolution)
+    if len(images.pixels) < 10:
+        raise UserError(f"{data} holds {len(images.pixels)} images: give ten at least, better thousands")
+    train, test = hold_out(images, seed)
+    mean, std = channel_statistics(train)
+    console.print(f"{len(images.pixels)} images, {len(train.pixels)} of them to fit on; {model} of "
+                  f"{sum(p.numel() for p in net.parameters()):,} parameters at {resolution}x{resolution}")
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        views = Views(rotation, mirror)
-        last = len(net.forward_intermediates(torch.zeros(2, 3, resolution, resolution), intermediates_only=True)) - 1
-        statistics = [torch.tensor(v).view(1, 3, 1, 1).to(device) for v in (mean, std)]
-        untrained = Teacher(copy.deepcopy(net), {resolution: last}, (resolution, resolution), mean, std)
-        fit(net.to(device), train, *statistics, views, kimg=kimg, batch=batch, lr=lr, console=console)
-        save_teacher(out, net, model=model, kwargs=kwargs, input_size=(resolution, resolution), mean=mean, std=std,
-                     command=shlex.join(["python", "tools/fit_teacher.py", *sys.argv[1:]]))
-        fitted = load_teacher(str(out), layers={resolution: last})  # judged as it will be used: from the file
-        console.print(judge({"fitted": fitted, "untrained": untrained}, train, test, views))
-        console.print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, layers 0 to {last}; in a recipe: hsr.teacher={out}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    views = Views(rotation, mirror)
+    last = len(net.forward_intermediates(torch.zeros(2, 3, resolution, resolution), intermediates_only=True)) - 1
+    statistics = [torch.tensor(v).view(1, 3, 1, 1).to(device) for v in (mean, std)]
+    untrained = Teacher(copy.deepcopy(net), {resolution: last}, (resolution, resolution), mean, std)
+    fit(net.to(device), train, *statistics, views, kimg=kimg, batch=batch, lr=lr, console=console)
+    save_teacher(out, net, model=model, kwargs=kwargs, input_size=(resolution, resolution), mean=mean, std=std,
+                 command=shlex.join(["python", "tools/fit_teacher.py", *sys.argv[1:]]))
+    fitted = load_teacher(str(out), layers={resolution: last})  # judged as it will be used: from the file
+    console.print(judge({"fitted": fitted, "untrained": untrained}, train, test, views))
+    console.print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, layers 0 to {last}; in a recipe: hsr.teacher={out}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.attributes import (
     DISCRIMINATORS,
     AttributeClassifier,
@@ -136,11 +136,10 @@ def anycost(
     out: Annotated[Path, typer.Option(help="The classifier file to write.")] = Path("attributes.safetensors"),
 ) -> None:
     """Import the ResNet50 of anycost-gan: all 40 attributes of CelebA."""
-    with user_errors():
-        classifier = from_anycost(file)
-        source = f"mit-han-lab/anycost-gan {file.name} sha256 {sha256_of(file)}"
-        save_attributes(out, classifier, model="resnet50", kwargs={"num_classes": len(CELEBA)}, source=source)
-        typer.echo(f"{len(CELEBA)} attributes in {out}; their held-out accuracy is not stated by the publisher")
+    classifier = from_anycost(file)
+    source = f"mit-han-lab/anycost-gan {file.name} sha256 {sha256_of(file)}"
+    save_attributes(out, classifier, model="resnet50", kwargs={"num_classes": len(CELEBA)}, source=source)
+    typer.echo(f"{len(CELEBA)} attributes in {out}; their held-out accuracy is not stated by the publisher")
 
 
 @app.command()
@@ -152,25 +151,24 @@ def gan_ensembling(
     out: Annotated[Path, typer.Option(help="The classifier file to write.")] = Path("attributes.safetensors"),
 ) -> None:
     """Import the StyleGAN1 discriminators of gan-ensembling, one network (92 MB) for each attribute."""
-    with user_errors():
-        found = sorted(path.parent.name for path in folder.glob(f"*/{BEST}"))
-        if not found:
-            raise UserError(f"{folder} has no <attribute>/{BEST}: name the folder celebahq of the unpacked "
-                            "pretrained_classifiers.zip of chail/gan-ensembling")
-        for name in attribute or ():
-            if name not in found:
-                raise UserError(f"{folder} has no {name}/{BEST}{nearest(name, found)}")
-        chosen = list(attribute or found)
-        if unknown := [name for name in chosen if name not in CELEBA]:
-            raise UserError(f"{folder / unknown[0]} is called by no attribute of CelebA{nearest(unknown[0], CELEBA)}; "
-                            "give --attribute for those that are")
-        net, digests = Discriminators(len(chosen)), []
-        for one, name in zip(net.nets, track(chosen, "importing"), strict=True):
-            one.load_state_dict(from_gan_ensembling(folder / name / BEST))
-            digests.append(f"{name} sha256 {sha256_of(folder / name / BEST)}")
-        source = f"chail/gan-ensembling {', '.join(digests)}"
-        save_attributes(out, classifier_of(net, chosen), model=DISCRIMINATORS, kwargs={}, source=source)
-        typer.echo(f"{len(chosen)} attributes in {out}; their held-out accuracy is not stated by the publisher")
+    found = sorted(path.parent.name for path in folder.glob(f"*/{BEST}"))
+    if not found:
+        raise UserError(f"{folder} has no <attribute>/{BEST}: name the folder celebahq of the unpacked "
+                        "pretrained_classifiers.zip of chail/gan-ensembling")
+    for name in attribute or ():
+        if name not in found:
+            raise UserError(f"{folder} has no {name}/{BEST}{nearest(name, found)}")
+    chosen = list(attribute or found)
+    if unknown := [name for name in chosen if name not in CELEBA]:
+        raise UserError(f"{folder / unknown[0]} is called by no attribute of CelebA{nearest(unknown[0], CELEBA)}; "
+                        "give --attribute for those that are")
+    net, digests = Discriminators(len(chosen)), []
+    for one, name in zip(net.nets, track(chosen, "importing"), strict=True):
+        one.load_state_dict(from_gan_ensembling(folder / name / BEST))
+        digests.append(f"{name} sha256 {sha256_of(folder / name / BEST)}")
+    source = f"chail/gan-ensembling {', '.join(digests)}"
+    save_attributes(out, classifier_of(net, chosen), model=DISCRIMINATORS, kwargs={}, source=source)
+    typer.echo(f"{len(chosen)} attributes in {out}; their held-out accuracy is not stated by the publisher")
 
 
 if __name__ == "__main__":

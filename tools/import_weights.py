@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.import_rosinality import read_rosinality
 from hsrgan.engine.import_stylegan import Imported, read_stylegan
 from hsrgan.engine.metrics.weights import PUBLISHED, import_weights, packaged_heads
@@ -57,14 +57,13 @@ def stylegan(
 
       python tools/import_weights.py stylegan stylegan2-ffhq-config-f.pt ffhq.safetensors --all
     """
-    with user_errors():
-        if out.suffix != ".safetensors":
-            raise UserError(f"{out}: the snapshot to write must end in .safetensors")
-        if os.path.realpath(out) == os.path.realpath(file):
-            raise UserError(f"{out} is the file to import: name another one to write")
-        found = (read_rosinality if is_torch_file(file) else read_stylegan)(file, every=every)
-        for line in write_imported(found, file, out):
-            typer.echo(line)
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: the snapshot to write must end in .safetensors")
+    if os.path.realpath(out) == os.path.realpath(file):
+        raise UserError(f"{out} is the file to import: name another one to write")
+    found = (read_rosinality if is_torch_file(file) else read_stylegan)(file, every=every)
+    for line in write_imported(found, file, out):
+        typer.echo(line)
 
 
 def write_imported(found: Imported, file: Path, out: Path) -> list[str]:
@@ -104,8 +103,7 @@ def _metric_command(name: str) -> Callable[..., None]:
             typer.Option("--own-weights", help="Take another file than the published one, such as your own network."),
         ] = False,
     ) -> None:
-        with user_errors():
-            import_for_metrics(name, file, cache, own_weights)
+        import_for_metrics(name, file, cache, own_weights)
 
     return command
 

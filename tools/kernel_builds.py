@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.kernels import builds, launch
 from hsrgan.kernels.builds import GPUS, TARGETS, Build
 from hsrgan.tools import kernel_shapes
@@ -94,30 +94,29 @@ def main(
 
       python tools/kernel_builds.py --target sm_90 --dtype bfloat16
     """
-    with user_errors():
-        for value, known, name in (
-            (target, TARGETS, "target"),
-            (dtype, DTYPES, "dtype"),
-            (model, kernel_shapes.MODELS, "model"),
-        ):
-            for one in value:
-                if one not in known:
-                    raise UserError(f"--{name} {one}: there are {', '.join(known)}")
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
-        models = {name: kernel_shapes.MODELS[name] for name in model}
-        calls = [
-            call
-            for call in kernel_shapes.calls(models)
-            if call.op in (op or [call.op]) and call.resolution in (resolution or [call.resolution])
-        ]
-        rows = build(calls, dtype, target, jobs)
-        if json_file is not None:
-            json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        print_rows(rows, Console())
-        bad = sum(bool(row["problems"]) for row in rows)
-        typer.echo(f"{len(rows)} builds, {bad} of them not fit to ship")
-        raise typer.Exit(1 if bad else 0)
+    for value, known, name in (
+        (target, TARGETS, "target"),
+        (dtype, DTYPES, "dtype"),
+        (model, kernel_shapes.MODELS, "model"),
+    ):
+        for one in value:
+            if one not in known:
+                raise UserError(f"--{name} {one}: there are {', '.join(known)}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
+    models = {name: kernel_shapes.MODELS[name] for name in model}
+    calls = [
+        call
+        for call in kernel_shapes.calls(models)
+        if call.op in (op or [call.op]) and call.resolution in (resolution or [call.resolution])
+    ]
+    rows = build(calls, dtype, target, jobs)
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print_rows(rows, Console())
+    bad = sum(bool(row["problems"]) for row in rows)
+    typer.echo(f"{len(rows)} builds, {bad} of them not fit to ship")
+    raise typer.Exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

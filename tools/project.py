@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hsrgan.engine.aside import check_writable, writable
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.labels import multi_hot, parse_label
 from hsrgan.engine.latents import Latents, save_latents
 from hsrgan.engine.likeness import likeness
@@ -151,39 +151,38 @@ def main(
 
       python tools/sample.py ffhq.safetensors --w projected/face-w.safetensors --directions d.safetensors --edit smile=2
     """
-    with user_errors():
-        names = names_of(images)
-        generator, metadata = load_snapshot(snapshot)
-        targets = torch.stack([read_image(path, generator) for path in images])
-        c = read_label(label, generator, snapshot, metadata["dataset"])
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        judge = likeness(teacher, metadata["recipe"], snapshot).to(device)
-        check_writable(out, REMEDY)
-        settings = Settings(space.value, steps, lr, seed, pixel)
-        facts = {
-            "snapshot": str(snapshot), "snapshot_sha256": sha256_of(snapshot), "likeness": judge.name,
-            "space": space.value, "steps": steps, "lr": lr, "seed": seed, "label": label, "weight_of_pixel": pixel,
-        }  # fmt: skip
-        generator = generator.to(device)
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                   TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[distance]}")]
-        console = Console(stderr=True, highlight=False)
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("projecting", total=steps * -(-len(images) // batch), rate="", distance="")
-            for start in range(0, len(images), batch):
+    names = names_of(images)
+    generator, metadata = load_snapshot(snapshot)
+    targets = torch.stack([read_image(path, generator) for path in images])
+    c = read_label(label, generator, snapshot, metadata["dataset"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judge = likeness(teacher, metadata["recipe"], snapshot).to(device)
+    check_writable(out, REMEDY)
+    settings = Settings(space.value, steps, lr, seed, pixel)
+    facts = {
+        "snapshot": str(snapshot), "snapshot_sha256": sha256_of(snapshot), "likeness": judge.name,
+        "space": space.value, "steps": steps, "lr": lr, "seed": seed, "label": label, "weight_of_pixel": pixel,
+    }  # fmt: skip
+    generator = generator.to(device)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[distance]}")]
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("projecting", total=steps * -(-len(images) // batch), rate="", distance="")
+        for start in range(0, len(images), batch):
 
-                def told(step: int, distance: float, before: int = start // batch * steps) -> None:
-                    speed = progress.tasks[task].speed
-                    rate = f"{speed:.1f} steps/s" if speed else ""
-                    progress.update(task, completed=before + step, rate=rate, distance=f"distance {distance:.4f}")
+            def told(step: int, distance: float, before: int = start // batch * steps) -> None:
+                speed = progress.tasks[task].speed
+                rate = f"{speed:.1f} steps/s" if speed else ""
+                progress.update(task, completed=before + step, rate=rate, distance=f"distance {distance:.4f}")
 
-                part = slice(start, start + batch)
-                found = project(generator, targets[part].to(device), judge, settings, label=c, told=told)
-                for i, (path, name) in enumerate(zip(images[part], names[part], strict=True)):
-                    write_image(out, name, targets[start + i], found, i, {"image": str(path), **facts})
-                    first, last = found.distance[0, i], found.distance[-1, i]
-                    console.print(f"{path}: distance {first:.4f} → {last:.4f}", markup=False, soft_wrap=True)
-        typer.echo(f"{len(images)} images projected by {judge.name}: {out}")
+            part = slice(start, start + batch)
+            found = project(generator, targets[part].to(device), judge, settings, label=c, told=told)
+            for i, (path, name) in enumerate(zip(images[part], names[part], strict=True)):
+                write_image(out, name, targets[start + i], found, i, {"image": str(path), **facts})
+                first, last = found.distance[0, i], found.distance[-1, i]
+                console.print(f"{path}: distance {first:.4f} → {last:.4f}", markup=False, soft_wrap=True)
+    typer.echo(f"{len(images)} images projected by {judge.name}: {out}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from hsrgan.engine.aside import check_writable
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.edits import Edits, parse_layers, read_edits
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.latents import Latents, save_latents
 from hsrgan.engine.metrics.report import Bars
 from hsrgan.engine.model import Generator
@@ -170,7 +170,7 @@ def main(
 
       python tools/sample.py model.safetensors --w projected.safetensors --directions d.safetensors --edit smile=2
     """
-    with user_errors(), Bars() as bars:
+    with Bars() as bars:
         if not grid and not single:
             raise UserError("--no-grid with --no-single leaves nothing to write; drop one of them")
         generator, metadata = load_snapshot(snapshot)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.pictures import save_png, to_uint8
 from hsrgan.engine.sampler import MAX_SEED, check_memory, check_psi, generate, place
 from hsrgan.engine.sizes import in_words
@@ -176,25 +176,24 @@ def main(
 
       python tools/score_digits.py runs/quickstart/snapshots/000160000.safetensors --samples 1000
     """
-    with user_errors():
-        if seed + samples - 1 > MAX_SEED:
-            raise UserError(f"--seed {seed}: with {samples} samples it passes the last seed, {MAX_SEED}; start lower")
-        generator, metadata = load_snapshot(snapshot)
-        channels, height, width = generator.img_shape
-        if height != width or height % SIDE or channels == 4:
-            made = f"{in_words((height, width))} images of {channels} channel(s)"
-            raise UserError(f"{snapshot} makes {made}; digits need a multiple of {SIDE}x{SIDE}, grey or RGB")
-        check_psi(psi)
-        check_memory(samples, 4 * generator.num_ws * generator.w_dim + channels * height * width)
-        images = generate(place(generator), range(seed, seed + samples), psi=psi, batch=64)
-        score, real = digit_score(images), real_score()
-        with written_aside(json_file) as aside:
-            facts = {"snapshot": str(snapshot), "kimg": metadata["kimg"], "seed": seed, "psi": psi}
-            aside.write_text(json.dumps({**facts, **score, "real": real}, indent=2) + "\n", encoding="utf-8")
-        picture = json_file.with_suffix(".png")
-        save_png(captioned(images, classifier().probabilities(originals_scale(images[:SHOWN]))), picture)
-        _print(score, real)
-        typer.echo(f"figures in {json_file}, the first {min(samples, SHOWN)} samples in {picture}")
+    if seed + samples - 1 > MAX_SEED:
+        raise UserError(f"--seed {seed}: with {samples} samples it passes the last seed, {MAX_SEED}; start lower")
+    generator, metadata = load_snapshot(snapshot)
+    channels, height, width = generator.img_shape
+    if height != width or height % SIDE or channels == 4:
+        made = f"{in_words((height, width))} images of {channels} channel(s)"
+        raise UserError(f"{snapshot} makes {made}; digits need a multiple of {SIDE}x{SIDE}, grey or RGB")
+    check_psi(psi)
+    check_memory(samples, 4 * generator.num_ws * generator.w_dim + channels * height * width)
+    images = generate(place(generator), range(seed, seed + samples), psi=psi, batch=64)
+    score, real = digit_score(images), real_score()
+    with written_aside(json_file) as aside:
+        facts = {"snapshot": str(snapshot), "kimg": metadata["kimg"], "seed": seed, "psi": psi}
+        aside.write_text(json.dumps({**facts, **score, "real": real}, indent=2) + "\n", encoding="utf-8")
+    picture = json_file.with_suffix(".png")
+    save_png(captioned(images, classifier().probabilities(originals_scale(images[:SHOWN]))), picture)
+    _print(score, real)
+    typer.echo(f"figures in {json_file}, the first {min(samples, SHOWN)} samples in {picture}")
 
 
 def _print(score: dict, real: dict) -> None:

@@ -31,7 +31,7 @@ from rich.progress import track
 from hsrgan import kernels
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.command_line import CommandLine
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.kernels import blocks, builds, launch
 from hsrgan.kernels.blocks import Row
 from hsrgan.tools import kernel_shapes, kernel_timing
@@ -228,32 +228,31 @@ def main(
 
       python tools/tune_kernels.py --check --target sm_90
     """
-    with user_errors():
-        known = [probe.kernel for probe in PROBES]
-        wanted = [each.strip() for each in kernel.split(",") if each.strip()] or known
-        for each in wanted:
-            if each not in known:
-                raise UserError(f"--kernel {each}: there are {', '.join(known)}")
-        for each in target:
-            if each not in builds.TARGETS:
-                raise UserError(f"--target {each}: there are {', '.join(builds.TARGETS)}")
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
-        probes = [probe for probe in PROBES if probe.kernel in wanted]
-        if not (check_only or torch.cuda.is_available()):
-            raise UserError("no GPU here: nothing was timed, and the table is as it was; --check needs none")
-        try:
-            rows = blocks.read(table)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"--table {table}: cannot be read as a table of block sizes: {error}") from None
-        with blocks.using(rows):
-            if check_only:
-                wrong, count = check(rows, probes, target, jobs)
-                for line in wrong:
-                    typer.echo(line)
-                typer.echo(f"{len(rows)} rows, {count} builds, {len(wrong)} problems")
-                raise typer.Exit(1 if wrong else 0)
-            measured(rows, probes, table)
+    known = [probe.kernel for probe in PROBES]
+    wanted = [each.strip() for each in kernel.split(",") if each.strip()] or known
+    for each in wanted:
+        if each not in known:
+            raise UserError(f"--kernel {each}: there are {', '.join(known)}")
+    for each in target:
+        if each not in builds.TARGETS:
+            raise UserError(f"--target {each}: there are {', '.join(builds.TARGETS)}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
+    probes = [probe for probe in PROBES if probe.kernel in wanted]
+    if not (check_only or torch.cuda.is_available()):
+        raise UserError("no GPU here: nothing was timed, and the table is as it was; --check needs none")
+    try:
+        rows = blocks.read(table)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--table {table}: cannot be read as a table of block sizes: {error}") from None
+    with blocks.using(rows):
+        if check_only:
+            wrong, count = check(rows, probes, target, jobs)
+            for line in wrong:
+                typer.echo(line)
+            typer.echo(f"{len(rows)} rows, {count} builds, {len(wrong)} problems")
+            raise typer.Exit(1 if wrong else 0)
+        measured(rows, probes, table)
 
 
 def measured(rows: tuple[Row, ...], probes: list[Probe], table: Path) -> None:

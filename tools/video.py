@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.edits import Edits, read_edits
-from hsrgan.engine.errors import UserError, user_errors
+from hsrgan.engine.errors import UserError
 from hsrgan.engine.latent_paths import KeyFrames, swing
 from hsrgan.engine.metrics.report import Bars
 from hsrgan.engine.model import Generator
@@ -105,7 +105,7 @@ def main(
 
       python tools/video.py model.safetensors --w projected.safetensors --directions d.safetensors --edit smile=-2:2
     """
-    with user_errors(), Bars() as bars:
+    with Bars() as bars:
         load_av()
         if out.suffix != ".mp4":
             raise UserError(f"--out {out}: the video is an mp4; let its name end in .mp4")
