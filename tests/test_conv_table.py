@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsrgan import kernels
+from hsrgan.engine.blocks import DiscriminatorBlock
 from hsrgan.kernels import conv_table, launch
 from hsrgan.kernels.conv_table import Shape, choose, use_convolution
 
@@ -140,6 +141,34 @@ def test_a_layer_takes_what_the_rule_says(size, fused, plain):
         with launch.record("sm_90") as launches:
             op()
         assert sum(run.kernel.__name__ == "conv_gemm" for run in launches) == count
+
+
+def test_the_down_convolution_of_d_adds_its_residual(monkeypatch):
+    """D's block at FFHQ-1024, forward: no pass of bias_act behind conv1 at 1024², one at 512²."""
+    monkeypatch.setattr(conv_table, "MEASURED", {})
+    for channels, size, expected in ((32, 1024, {"conv_gemm": 1, "fir4": 2}), (64, 512, {"forward": 1, "fir4": 2})):
+        with torch.device("meta"):
+            block = DiscriminatorBlock(
+                channels, 2 * channels, img_channels=3, conv_clamp=256.0, architecture="resnet", is_first=False,
+                half_dtype=torch.float16,
+            )  # fmt: skip
+        with launch.record("sm_90") as launches:
+            block(meta(2, channels, size, size), torch.empty(0, device="meta"))
+        assert Counter(run.kernel.__name__ for run in launches) == expected
+
+
+@pytest.mark.parametrize("base", [8192, 16384, 32768])
+def test_a_layer_of_g_on_the_gemm_has_its_next_one_there(base, monkeypatch):
+    """Which takes its style in its prologue: no epilogue of conv1 needs a next style."""
+    monkeypatch.setattr(conv_table, "MEASURED", {})
+    half, count = torch.float16, 0
+    for resolution in (256, 512, 1024):
+        wide, narrow = base // resolution, base // resolution // 2
+        if choose(shape(wide, wide, resolution), half, "sm_90") is not None:
+            conv0 = Shape.of(3, 2, True, wide, narrow, 2 * resolution + 1, True)
+            assert choose(conv0, half, "sm_90") is not None
+            count += 1
+    assert count > 0
 
 
 def test_gradients_of_a_fused_layer_take_one_pass_over_the_activations_each():
