@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,13 @@ def start(world: World, patience: float = rendezvous.PATIENCE) -> None:
     this machine.
     """
     if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
+        with rendezvous.before_meeting(world.rank, world.size):
+            if world.local_rank >= (count := torch.cuda.device_count()):
+                raise UserError(
+                    f"there is no cuda:{world.local_rank}: {socket.gethostname()} has {count} GPUs; start as many "
+                    "ranks there, or set device=cpu"
+                )
+            torch.cuda.set_device(world.device)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         if "OMP_NUM_THREADS" not in os.environ:

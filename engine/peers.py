@@ -67,12 +67,17 @@ class Peers:
             if self._verdict:
                 self._thread.join()  # it ends the process
         self._ending.set()
-        if isinstance(error, UserError):
-            self._tell(f"error {self.world.rank} {' '.join(str(error).split())}")
-        elif error is None or (isinstance(error, SystemExit) and error.code == EXIT_RESUME):
+        if well := error is None or (isinstance(error, SystemExit) and error.code == EXIT_RESUME):
             self._tell("bye")
+        elif isinstance(error, UserError):
+            self._tell(f"error {self.world.rank} {' '.join(str(error).split())}")
         else:
             self._tell(f"lost {self.world.rank} failed: {one_line(error)}")
+        if not well and not self.world.first:  # the first must say it before a launcher sees this one gone and ends all
+            with contextlib.suppress(OSError):
+                self._sockets[0].settimeout(2 * GRACE_SECONDS)
+                while self._sockets[0].recv(4096):
+                    pass
         for peer in self._sockets.values():
             peer.close()
 

@@ -7,14 +7,17 @@ import datetime
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 
 import torch
 
 from hsrgan.engine.errors import RankError, UserError
+from hsrgan.engine.tensor_files import one_line
 
 PATIENCE = 300.0  # seconds in which all ranks must have come
 FAREWELL = 30.0  # seconds for which a first rank that has failed waits for those that would wait for it
+FIRST_WORD = 1.0  # seconds that the first rank has to speak, before a launcher sees another one gone and ends it too
 FINE = "fine"
 
 
@@ -45,17 +48,24 @@ def meet(rank: int, size: int, backend: str, patience: float, collective: dateti
 @contextlib.contextmanager
 def before_meeting(rank: int, size: int) -> Iterator[None]:
     """A `UserError` inside, on any rank, is raised on those that wait for it in `meet` too, so that none waits in vain
-    and the first rank, which speaks for all, has something to say. Once they have met it does nothing.
+    and the first rank, which speaks for all, has something to say. Any other exception is one here, and a `UserError`
+    on the others. Once they have met it does nothing.
     """
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         if size == 1 or torch.distributed.is_initialized():
             raise
-        said = str(error) if rank == 0 else f"rank {rank} ({socket.gethostname()}): {error}"
+        mistake = isinstance(error, UserError)
+        said = str(error) if mistake else f"failed: {one_line(error)}"
+        said = said if rank == 0 else f"rank {rank} ({socket.gethostname()}): {said}"
         try:
             failure = _exchange(_store(FAREWELL if rank == 0 else PATIENCE), rank, size, said)
         except (RuntimeError, ValueError):  # the others never came: then this one says it itself
+            failure = FINE
+        if not mistake:
+            raise
+        if failure == FINE:  # or those who had met were of another run on this port
             raise RankError(said) from None
         raise UserError(failure) from None
 
@@ -77,7 +87,10 @@ def _exchange(store: torch.distributed.Store, rank: int, size: int, said: str) -
     if verdict != FINE:  # the store is gone with the first rank: it leaves last
         store.set(f"heard/{rank}", "")
         if rank == 0:
-            store.wait([f"heard/{each}" for each in range(size)])
+            with contextlib.suppress(RuntimeError):  # one has gone meanwhile: the verdict is more important
+                store.wait([f"heard/{each}" for each in range(size)])
+        else:
+            time.sleep(FIRST_WORD)
     return verdict
 
 
@@ -85,6 +98,11 @@ def _no_meeting(error: str, where: str, patience: float) -> str:
     """Why the ranks did not find each other, and what to do; error: what torch says about it, stack and all."""
     if "EADDRINUSE" in error or "address already in use" in error:
         return f"{where} is in use by another program: give --master_port another number, the same on every machine"
+    if waited := re.search(r"wait timeout.*(?:said/(\d+)|verdict)", error):  # where torchrun keeps the store
+        return (
+            f"rank {waited[1] or 0} did not come to {where} within {patience:g} s: see what it does, or raise "
+            "faults.rendezvous_timeout"
+        )
     if joined := re.search(r"(\d+)/(\d+) clients joined", error):
         return (
             f"only {joined[1]} of {joined[2]} ranks came to {where} within {patience:g} s: start the command on every "

@@ -3,7 +3,8 @@
     <sha256>.tar    a whole shard, checked; its mtime is when it was last opened
     <sha256>.npy    offsets of its samples
     <name>.part     a shard on its way, locked (flock) by the one who fetches it, of full length from the start
-    .lock           held while room is made: whoever was opened longest ago goes first
+    .lock           held while room is made (whoever was opened longest ago goes first) and while a shard gets its name
+    .turn           held by the one who fills all the room that is left with a shard of unknown length
 
 A reader holds descriptors, which outlive the removal of their file. The folder must be on a disk of this machine.
 """
@@ -34,6 +35,10 @@ GB = 1_000_000_000
 _REMEDY = "free space there, lower data.cache_gb or name another folder with data.cache"
 
 
+class _NoRoom(UserError):
+    """Not now."""
+
+
 @contextlib.contextmanager
 def claimed(part: Path, *, wait: bool = True) -> Iterator[int | None]:
     """A descriptor of the file `part`, made if missing and held against every other process and thread; None where
@@ -46,7 +51,8 @@ def claimed(part: Path, *, wait: bool = True) -> Iterator[int | None]:
             return False
 
     while True:
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        with writable(part, _REMEDY):
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -108,8 +114,14 @@ class ShardCache:
         """(descriptor, SHA-256, bytes) of a shard of which nothing is known yet; it stays while there is room."""
         name = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()}.part"
         with claimed(name) as part:
-            sha256, size = self._download(part, url, None)
-            os.replace(name, self.folder / f"{sha256}.tar")
+            try:
+                sha256, size = self._download(part, url, None)
+            except _NoRoom:  # others may each have filled a part of it, and would wait for one another for ever
+                os.ftruncate(part, 0)
+                with self._locked(".turn"):
+                    sha256, size = self._download(part, url, None, wait=True)
+            with self._locked():
+                os.replace(name, self.folder / f"{sha256}.tar")
             return os.dup(part), sha256, size
 
     def _whole(self, shard: Shard) -> int | None:
@@ -128,7 +140,8 @@ class ShardCache:
 
     def _fetch(self, part: int, shard: Shard, url: str) -> None:
         self._download(part, url, shard)
-        os.replace(self.folder / f"{shard.sha256}.part", self.folder / f"{shard.sha256}.tar")
+        with self._locked():  # or who counts what is here might see it under neither name
+            os.replace(self.folder / f"{shard.sha256}.part", self.folder / f"{shard.sha256}.tar")
 
     def _offsets(self, descriptor: int, shard: Shard, url: str) -> np.ndarray:
         path = self.folder / f"{shard.sha256}.npy"
@@ -151,8 +164,10 @@ class ShardCache:
                 os.replace(part, path)
         return offsets
 
-    def _download(self, part: int, url: str, shard: Shard | None) -> tuple[str, int]:
-        """Fill the descriptor with the bytes of `url` -> (SHA-256, size), those of `shard` if it is given."""
+    def _download(self, part: int, url: str, shard: Shard | None, *, wait: bool = False) -> tuple[str, int]:
+        """Fill the descriptor with the bytes of `url` -> (SHA-256, size), those of `shard` if it is given. Raises
+        `_NoRoom` where neither side says the length and there is no room for more; with `wait`, it waits for that.
+        """
         began, slow = time.monotonic(), SLOW_SECONDS
 
         def once() -> tuple[str, int]:
@@ -167,7 +182,7 @@ class ShardCache:
                 while chunk := stream.read(transport.CHUNK):
                     at += len(chunk)
                     if size is None:
-                        self._reserve(part, at)
+                        self._reserve(part, at, wait=wait)
                     elif at > size:
                         raise OSError(f"more than {size} bytes came")
                     digest.update(chunk)
@@ -191,20 +206,29 @@ class ShardCache:
 
         return transport.retrying(url, once, note)
 
-    def _reserve(self, part: int, size: int) -> None:
-        """Let the file have `size` bytes, once there is room for them."""
+    @contextlib.contextmanager
+    def _locked(self, name: str = ".lock") -> Iterator[None]:
+        with writable(self.folder, _REMEDY):
+            lock = open(self.folder / name, "w")  # noqa: SIM115  (closed below)
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # as in `claimed`
+
+    def _reserve(self, part: int, size: int, *, wait: bool = True) -> None:
+        """Let the file have `size` bytes, once there is room for them; without `wait`, now or `_NoRoom`."""
         while True:
-            with open(self.folder / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                try:
-                    if self._make_room(size - os.fstat(part).st_size):
-                        with writable(self.folder, _REMEDY):
-                            os.ftruncate(part, size)
-                        return
-                finally:
-                    fcntl.flock(lock, fcntl.LOCK_UN)  # as in `claimed`
+            with self._locked():
+                if self._make_room(size - os.fstat(part).st_size):
+                    with writable(self.folder, _REMEDY):
+                        os.ftruncate(part, size)
+                    return
             if size > self.cap:
                 raise UserError(f"data.cache_gb is {self.cap / GB:g}, one shard takes {size / GB:.3g} GB: raise it")
+            if not wait:
+                raise _NoRoom(f"data.cache_gb is {self.cap / GB:g}, and other shards take it all")
             time.sleep(0.1)  # others are fetching; what they have fetched can go when they are done
 
     def _make_room(self, need: int) -> bool:
@@ -247,5 +271,5 @@ class Ahead:
         while (shard := self._wanted.get()) is not None:
             url = self._manifest.location(shard)
             if transport.scheme_of(url) and not self._closed:
-                with contextlib.suppress(UserError):
+                with contextlib.suppress(UserError, OSError):
                     self._manifest.cache.prefetch(shard, url)

@@ -235,13 +235,13 @@ def _read_through(location: str, index: Path, store: ShardCache) -> _Entry:
         except ValueError as error:
             raise UserError(f"data.shards: {location} is damaged ({error}): mend it or leave it out") from None
     if not scheme_of(location):  # those of a remote shard are kept beside it
-        with written_aside(index / f"{sha256}.npy") as aside, open(aside, "wb") as file:
-            np.save(file, offsets)
         classes = np.full(len(offsets) - 1, -1, np.int32)
         for sample, (_, label) in labels.items():
             classes[sample] = label[0] if len(label) == 1 else -1
-        with written_aside(index / f"{sha256}.cls.npy") as aside, open(aside, "wb") as file:
-            np.save(file, classes)
+        with claimed(index / f"{sha256}.part"):  # a copy of the shard, elsewhere, may be read at the same time
+            for suffix, array in ((".npy", offsets), (".cls.npy", classes)):
+                with written_aside(index / f"{sha256}{suffix}") as aside, open(aside, "wb") as file:
+                    np.save(file, array)
     found = Counter(to_text(label) for _, label in labels.values())
     return _Entry(len(offsets) - 1, sha256, size, dict(found), image)
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import signal
+import socket
 import sys
 import time
 from functools import partial
@@ -11,10 +13,14 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
 
-from hsrgan.engine import assembly, stats, train
-from hsrgan.engine.errors import CannotWrite, UserError
+from hsrgan.engine import assembly, distributed, peers, rendezvous, stats, train
+from hsrgan.engine.distributed import World
+from hsrgan.engine.errors import EXIT_RANK_LOST, CannotWrite, RankError, UserError
 from hsrgan.engine.metrics import real_cache
+from hsrgan.engine.peers import Peers
+from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.tools import eval as eval_tool
 
 TEACHER = Path(__file__).parents[1] / "recipes" / "digits_teacher.safetensors"
@@ -64,6 +70,18 @@ def test_a_cache_that_is_full_leaves_the_ranks_in_step(workspace):
     assert runs[0].said.count("goes on without it") == 2
 
 
+def leave_at(images: int) -> None:
+    """The second rank exits of its own accord."""
+    real = train.run_phase
+
+    def run_phase(phase, t, now, *rest):
+        if now == images and not first():
+            sys.exit(3)
+        real(phase, t, now, *rest)
+
+    train.run_phase = run_phase
+
+
 def fail_on_the_second(where: str, name: str) -> None:
     """What the module `where` calls `name` raises a UserError there."""
     module = sys.modules[where]
@@ -75,6 +93,72 @@ def fail_on_the_second(where: str, name: str) -> None:
         return real(*args, **kwargs)
 
     setattr(module, name, call)
+
+
+def fail_before(error: type[Exception]) -> None:
+    """The second rank, before they meet."""
+    real = train.check_paths
+
+    def check_paths(recipe):
+        if not first():
+            raise error("a bug")
+        real(recipe)
+
+    train.check_paths = check_paths
+
+
+@pytest.mark.parametrize(("plant", "codes", "says"), [
+    (partial(fail_before, KeyError), [2, 1], "): failed: KeyError: 'a bug'"),
+    (partial(leave_at, 8), [EXIT_RANK_LOST, 3], " failed: SystemExit: 3; the same command"),
+])
+def test_any_end_of_a_rank_is_heard_of(workspace, plant, codes, says):
+    runs = forked.start(workspace, "run_dir=any", ranks=2, plant=plant)
+    assert [run.ends(60) for run in runs] == codes
+    (line,) = [line for line in runs[0].said.splitlines() if line.startswith("error:")]
+    assert "error: rank 1 (" in line and says in line and "Traceback" not in runs[0].said
+
+
+def test_nothing_is_lost_that_follows_a_name(monkeypatch):
+    """A rank that fails right after it has connected."""
+
+    def connect(value):
+        port, token, _ = value
+        stranger, peer = (socket.create_connection(("127.0.0.1", port)) for _ in range(2))
+        stranger.sendall(b"GET / HTTP/1.1\r\n")
+        peer.sendall(f"{token} 1 here, pid 3\nerror 1 it is late\n".encode())
+        return value
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(peers, "from_first", connect)
+    watch = Peers(World(0, 2, 0, 2, torch.device("cpu")), 5.0)
+    watch._connect()
+    with watch._sockets[1] as peer:
+        assert watch._names == {1: "here, pid 3"} and peer.recv(100) == b"error 1 it is late\n"
+
+
+def test_more_ranks_than_gpus_is_one_line():
+    with pytest.raises(UserError, match=r"there is no cuda:99: .* has \d+ GPUs; start as many ranks there"):
+        distributed.start(World(99, 1, 99, 1, torch.device("cuda", 99)))
+
+
+def test_whom_a_store_of_the_launcher_waited_for():
+    """As torchrun's own store says it."""
+    store = torch.distributed.PrefixStore("/worker/attempt_0", torch.distributed.TCPStore("127.0.0.1", 0, 1, True))
+    store.set_timeout(datetime.timedelta(milliseconds=10))
+    for key, rank in (("said/3", 3), ("verdict", 0)):
+        with pytest.raises(RuntimeError) as caught:
+            store.get(key)
+        said = str(caught.value)
+        assert f"rank {rank} did not come to a:1 within 5 s" in rendezvous._no_meeting(said, "a:1", 5.0), said
+
+
+def test_a_run_that_meets_another_ones_verdict_says_its_own(monkeypatch):
+    """Two runs on one port: the store of the other says that all is well with it."""
+    store = torch.distributed.HashStore()
+    store.set("verdict", rendezvous.FINE)
+    monkeypatch.setattr(rendezvous, "_store", lambda patience: store)
+    with pytest.raises(RankError, match="shard 3 is gone"), before_meeting(1, 2):
+        raise UserError("shard 3 is gone")
 
 
 def test_a_dry_run_says_on_what_one_rank_fails(workspace):

@@ -1,6 +1,7 @@
 """Shards that are fetched while they stream, from a server that stalls, cuts, errs and serves what it should not."""
 
 import contextlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -349,3 +350,31 @@ def test_room_that_others_are_filling_is_waited_for(packed, server, tmp_path):
         assert fetch.is_alive() and sum(in_cache(tmp_path).values()) <= 100_000
     fetch.join(10)
     assert not fetch.is_alive() and list(in_cache(tmp_path)) == [f"{shard.sha256}.tar"]
+
+
+def test_shards_of_unknown_length_do_not_wait_for_one_another(tmp_path, monkeypatch):
+    """Three that all fit alone have each filled a third of the room before any of them is whole."""
+    met, all_there = [], threading.Barrier(3)
+
+    class Slow(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() == 9000 and len(met) < 3:
+                met.append(self)
+                all_there.wait(5)
+            return super().read(size)
+
+    monkeypatch.setattr(transport, "CHUNK", 1000)
+    monkeypatch.setattr(transport, "open_url", lambda url, allow_shell: (Slow(url[-1:].encode() * 20_000), None))
+    cache, sizes = shard_cache.ShardCache(tmp_path / "cache", 30_000), []
+
+    def adopt(url):
+        descriptor, _, size = cache.adopt(url)
+        os.close(descriptor)
+        sizes.append(size)
+
+    threads = [threading.Thread(target=adopt, args=(f"pipe:{i}",), daemon=True) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sizes == [20_000] * 3

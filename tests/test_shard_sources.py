@@ -153,3 +153,11 @@ def test_both_readers_of_a_fragment_agree(packed):
     for wrong in (fragment[:700], fragment[:-512], b"x" * 1024, b"", fragment[512:]):
         with pytest.raises(ValueError):
             tar_index.read_fragment(wrong)
+
+
+def test_copies_of_a_shard_are_indexed_at_once(packed, tmp_path):
+    """Sidecars are named by what is in a shard: eight threads write the same ones."""
+    (tmp_path / "copies").mkdir()
+    for i in range(16):
+        shutil.copy(packed.root / packed.shards[0].name, tmp_path / "copies" / f"{i}.tar")
+    assert opened(tmp_path / "copies", tmp_path).count == 16 * packed.shards[0].count
