@@ -45,6 +45,11 @@ def plant_clock() -> None:
     dry_run.mean_seconds = lambda calls, steps, _, each: real(calls, steps, clock, each)
 
 
+def plant_short_probe() -> None:
+    plant_clock()
+    dry_run.PROBE_STEPS = 2
+
+
 def plant_no_weights() -> None:
     os.environ["HSRGAN_CACHE"] = "no_weights"
 
@@ -122,7 +127,7 @@ def test_metrics_that_can_be_are_no_hindrance(workspace):
     attributes = attributes_file(workspace / "attributes.safetensors")
     metrics = f"metrics={{names: 'fid300_full,als20', features: {TEACHER}, attributes: {attributes}}}"
     for options in ((), NO_DATA):
-        said = forked.train(workspace, "run_dir=new", "dry_run=true", metrics, *options, plant=plant_clock)
+        said = forked.train(workspace, "run_dir=new", "dry_run=true", metrics, *options, plant=plant_short_probe)
         assert figures(said)["seconds_per_step"] == 5
         assert figures(said)["memory"][0]["teacher, buffers"] > 800_000  # the teacher, 816,896, scores
     assert not (workspace / "new").exists() and not (workspace / "no_weights").exists()
