@@ -12,7 +12,7 @@ and layout of the activations, made once and shared by every pass: forward, grad
 derivative. A phase uses a weight once a round, for fakes and reals together, so that this and fp16's normalisation are
 once a phase and round (tests/test_precision.py counts). Nothing is kept from one phase to the next, where some weights
 are the same still: to cast and normalise FFHQ-1024's 4.9 million half-precision weights once more moves about 0.1 GB,
-20 µs of an H200's memory in a step of 88 ms at least (`python tools/bench_train.py --model ffhq1024`), and a weight
+20 µs of an H200's memory in a step of 86 ms at least (`python tools/bench_train.py --model ffhq1024`), and a weight
 that is kept can go stale.
 """
 
@@ -190,7 +190,9 @@ def convolve(x: Tensor, w: Tensor, geometry: Geometry, scale: Tensor | None = No
     _, s, p, transposed, left_over = geometry
     x = _scaled(x, scale)
     with _in_fixed_order():
-        return torch.ops.aten.convolution(x, w, None, [s] * 2, [p] * 2, [1, 1], transposed, left_over, 1)
+        y = torch.ops.aten.convolution(x, w, None, [s] * 2, [p] * 2, [1, 1], transposed, left_over, 1)
+    # a GPU's library keeps channels_last; without a device PyTorch forgets it, and a recording would show other kernels
+    return torch.empty_like(y, memory_format=torch.channels_last) if y.is_meta and is_nhwc(x) else y
 
 
 def _weight_gradient(

@@ -143,6 +143,17 @@ def test_a_layer_takes_what_the_rule_says(size, fused, plain):
         assert sum(run.kernel.__name__ == "conv_gemm" for run in launches) == count
 
 
+@pytest.mark.parametrize("options", [{}, {"up": 2}, {"down": 2}], ids=str)
+def test_a_recorded_convolution_of_the_library_keeps_channels_last(options):
+    """As it does on a GPU: builds and the static model would else see the FIRs between two formats."""
+    x, weight = meta(2, 4, 8, 8), torch.empty(6, 4, 3, 3, device="meta")
+    with use_convolution("library"), launch.record("sm_90") as launches:
+        y = kernels.conv2d(x, weight, f=TAPS, **options)
+        (gx,) = torch.autograd.grad(y, x, torch.empty_like(y))
+    images = [t for run in launches for t in run.arguments if isinstance(t, torch.Tensor) and t.ndim == 4]
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, gx, *images))
+
+
 def test_the_down_convolution_of_d_adds_its_residual(monkeypatch):
     """D's block at FFHQ-1024, forward: no pass of bias_act behind conv1 at 1024², one at 512²."""
     monkeypatch.setattr(conv_table, "MEASURED", {})
