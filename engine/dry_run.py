@@ -28,6 +28,7 @@ from hsrgan.engine.errors import UserError
 from hsrgan.engine.freezing import frozen_parameters
 from hsrgan.engine.peers import AGAIN, Peers
 from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
+from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.engine.run_state import GeneratorWithHeads, Training
 from hsrgan.engine.shards import Manifest
 
@@ -256,7 +257,9 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
     console = Console(highlight=False, quiet=not world.first)
     if not console.is_terminal:
         console.width = 120
-    with dataset(recipe) as (manifest, where):
+    with contextlib.ExitStack() as stack:
+        with before_meeting(world.rank, world.size):
+            manifest, where = stack.enter_context(dataset(recipe))
         distributed.start(world, recipe.faults.rendezvous_timeout)
         with Peers(world, recipe.faults.rank_timeout, AGAIN):
             figures = _measured(recipe, world, manifest, where, clock, console)
