@@ -62,20 +62,20 @@ def start(world: World, patience: float = rendezvous.PATIENCE) -> None:
     """Join the process group (NCCL on GPUs, gloo elsewhere; `rendezvous.meet`), and share the cores among the ranks of
     this machine.
     """
-    if world.device.type == "cuda":
-        with rendezvous.before_meeting(world.rank, world.size):
+    with rendezvous.before_meeting(world.rank, world.size):
+        if world.device.type == "cuda":
             if world.local_rank >= (count := torch.cuda.device_count()):
                 raise UserError(
                     f"there is no cuda:{world.local_rank}: {socket.gethostname()} has {count} GPUs; start as many "
                     "ranks there, or set device=cpu"
                 )
             torch.cuda.set_device(world.device)
-    else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engine asks for it even where nobody launched it
-    import deepspeed
+        else:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engine asks for it even where nobody launched it
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # A faster all-reduce between CPU processes, compiled for half a minute at first use: not worth a compiler.

@@ -29,6 +29,7 @@ from hsrgan.engine.freezing import frozen_parameters
 from hsrgan.engine.peers import AGAIN, Peers
 from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
 from hsrgan.engine.power_ema import part_name
+from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.engine.run_state import GeneratorWithHeads, Training
 from hsrgan.engine.scoring import scorer_of
 from hsrgan.engine.shards import Manifest
@@ -255,11 +256,13 @@ def _kept(phase: Phase, t: Training, images: int, reals: torch.Tensor, labels: t
 
 def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float] = time.perf_counter) -> None:
     """Print tables and, as the last line, the same figures as JSON (bytes and seconds). Every rank calls it."""
-    check_paths(recipe, data=False)
     console = Console(highlight=False, quiet=not world.first)
     if not console.is_terminal:
         console.width = 120
-    with dataset(recipe) as (manifest, where):
+    with contextlib.ExitStack() as stack:
+        with before_meeting(world.rank, world.size):
+            check_paths(recipe, data=False)
+            manifest, where = stack.enter_context(dataset(recipe))
         distributed.start(world, recipe.faults.rendezvous_timeout)
         with Peers(world, recipe.faults.rank_timeout, AGAIN):
             figures = _measured(recipe, world, manifest, where, clock, console)

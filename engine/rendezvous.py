@@ -49,7 +49,7 @@ def meet(rank: int, size: int, backend: str, patience: float, collective: dateti
 def before_meeting(rank: int, size: int) -> Iterator[None]:
     """A `UserError` inside, on any rank, is raised on those that wait for it in `meet` too, so that none waits in vain
     and the first rank, which speaks for all, has something to say. Any other exception is one here, and a `UserError`
-    on the others. Once they have met it does nothing.
+    on the others. Once they have met it does nothing. Not to be nested: all are told once.
     """
     try:
         yield

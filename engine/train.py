@@ -44,11 +44,12 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
         recipe = load_recipe(recipe_path, overrides, world_size=world.size)
         world = distributed.world_from_environment(recipe.device)
         launch.allow_tf32(recipe.tf32)
-        if recipe.dry_run:
-            return dry_run(recipe, world)
-        check_writable(Path(recipe.run_dir))
-        check_paths(recipe)
-        manifest = assembly.dataset(recipe.data)
+        if not recipe.dry_run:
+            check_writable(Path(recipe.run_dir))
+            check_paths(recipe)
+            manifest = assembly.dataset(recipe.data)
+    if recipe.dry_run:
+        return dry_run(recipe, world)
     distributed.start(world, recipe.faults.rendezvous_timeout)
     hold = held(Path(recipe.run_dir)) if world.first else contextlib.nullcontext()
     with Peers(world, recipe.faults.rank_timeout), Preemption(world) as preemption, hold:

@@ -161,10 +161,11 @@ def test_a_run_that_meets_another_ones_verdict_says_its_own(monkeypatch):
         raise UserError("shard 3 is gone")
 
 
-def test_a_dry_run_says_on_what_one_rank_fails(workspace):
-    plant = partial(fail_on_the_second, "hsrgan.engine.assembly", "load_teachers")
+@pytest.mark.parametrize("name", ["dataset", "load_teachers"])  # before the ranks have met, and after
+def test_a_dry_run_says_on_what_one_rank_fails(workspace, name):
+    plant = partial(fail_on_the_second, "hsrgan.engine.assembly", name)
     runs = forked.start(workspace, "dry_run=true", ranks=2, plant=plant)
-    assert [run.ends(60) for run in runs] == [2, 2]
+    assert [run.ends(25) for run in runs] == [2, 2]
     (line,), others = errors(runs)
     assert "error: rank 1 (" in line and line.endswith("): the file is damaged") and not others
 
