@@ -63,11 +63,12 @@ def plant_full_cache(cache: str) -> None:
 
 
 def test_a_cache_that_is_full_leaves_the_ranks_in_step(workspace):
-    """The first rank alone writes it; the run goes on without the score on every rank."""
+    """The first rank alone writes it, and says once that it cannot; scores do not need it."""
     plant = partial(plant_full_cache, str(workspace / "cache"))
-    runs = forked.start(workspace, "run_dir=full", "faults.disk_full=continue", *SCORED, ranks=2, plant=plant)
+    runs = forked.start(workspace, "run_dir=full", *SCORED, ranks=2, plant=plant)
     assert [run.ends(60) for run in runs] == [0, 0], runs[0].said + runs[1].said
-    assert runs[0].said.count("goes on without it") == 2
+    assert [run.said.count("the reals' statistics are not kept") for run in runs] == [1, 0]
+    assert (workspace / "full" / "log.jsonl").read_text().count("metric/fid32_full") == 2
 
 
 def leave_at(images: int) -> None:
