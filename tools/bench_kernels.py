@@ -294,6 +294,7 @@ def main(
         raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
     launch.allow_tf32(tf32)
     console = Console()
+    console.width = max(console.width, 160)  # a pipe has 80 columns, too few for the table
     if not torch.cuda.is_available():
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
