@@ -21,7 +21,7 @@ from hsrgan.engine import distributed
 from hsrgan.engine.distributed import World, failing_together, from_first
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.metrics import generator_metrics, real_cache, registry, sampling
+from hsrgan.engine.metrics import generator_metrics, registry, sampling
 from hsrgan.engine.metrics.inception import LOGITS
 from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.metrics.positions import UNIT, firsts
