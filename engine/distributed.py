@@ -52,7 +52,9 @@ def world_from_environment(device: str = "auto") -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch sees no GPU here: look for its driver, or set device=cpu")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
     return World(
         rank, size, local_rank, local_size, torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     )

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -151,13 +152,14 @@ def seconds_per_step(calls: dict[str, Call], means: dict[str, float]) -> float:
 @contextlib.contextmanager
 def dataset(recipe: Recipe) -> Iterator[tuple[Manifest | None, str]]:
     """The run's data and where it lies, the built-in digits in a folder that is gone afterwards. None where it is not
-    there, and why, if the networks can do without: they have no labels.
+    there, and why, if the networks can do without: they have no labels. What is there and the run would refuse is
+    refused.
     """
-    with tempfile.TemporaryDirectory(prefix="hsrgan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="hsrgan-") if recipe.data.builtin else contextlib.nullcontext("") as folder:
         try:
             found = assembly.dataset(recipe.data, folder), recipe.data.shards or recipe.data.builtin
         except UserError as error:
-            if recipe.data.labels:
+            if recipe.data.labels or os.path.exists(str(recipe.data.shards)):
                 raise
             found = None, f"noise, because {error}"
         yield found
@@ -263,6 +265,8 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
         with before_meeting(world.rank, world.size):
             check_paths(recipe, data=False)
             manifest, where = stack.enter_context(dataset(recipe))
+        if manifest is None:
+            console.print(f"data: {where}")  # now, and not after the steps: it may be a slip of the pen
         distributed.start(world, recipe.faults.rendezvous_timeout)
         with Peers(world, recipe.faults.rank_timeout, AGAIN):
             figures = _measured(recipe, world, manifest, where, clock, console)

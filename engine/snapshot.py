@@ -98,6 +98,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
+    if os.path.isdir(path):
+        raise UserError(f"snapshot {path} is a folder: name the .safetensors file in it")
     if not os.path.isfile(path):  # which, unlike Path.is_file, never raises
         raise UserError(f"snapshot {path}: no such file; give a .safetensors file from a run's snapshots folder")
     try:

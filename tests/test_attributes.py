@@ -141,7 +141,8 @@ def test_mistakes_in_fitting_are_one_line(photos, tmp_path, monkeypatch):
     def say(content: str, *extra, suffix=".csv"):
         path = file.with_suffix(suffix)
         path.write_text(content)
-        return line(run(FIT, folder, "--table", path, "--resolution", "16", "--out", tmp_path / "a.st", *extra))
+        out = tmp_path / "a.safetensors"
+        return line(run(FIT, folder, "--table", path, "--resolution", "16", "--out", out, *extra))
 
     good = as_text(table, "csv")
     assert "lacks 1 of the 40 images" in say(good.replace("\n7.png,", "\n77.png,")) and "first 7.png" in say(
@@ -158,15 +159,15 @@ def test_mistakes_in_fitting_are_one_line(photos, tmp_path, monkeypatch):
     assert "t.gone cannot be read" in line(run(FIT, folder, "--table", tmp_path / "t.gone", *resolution))
     assert "one label for each image: pack it with --labels, or give --table" in line(run(FIT, folder, *resolution))
     assert "give --resolution" in line(run(FIT, folder))
-    assert "cannot be written" in line(run(FIT, folder, "--out", tmp_path / "gone" / "a.st"))
-    assert not (tmp_path / "a.st").exists()
+    assert "there is no folder" in line(run(FIT, folder, "--out", tmp_path / "gone" / "a.safetensors"))
+    assert not (tmp_path / "a.safetensors").exists()
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fit_attributes, "fit", interrupted)
     file.write_text(good)
-    result = run(FIT, folder, "--table", file, "--resolution", "16", "--out", tmp_path / "a.st")
+    result = run(FIT, folder, "--table", file, "--resolution", "16", "--out", tmp_path / "a.safetensors")
     assert result.exit_code != 0 and not list(tmp_path.glob("*a.st*"))
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from hsrgan.engine import distributed
 from hsrgan.engine.distributed import Sharded, lazy_adam
+from hsrgan.engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,13 @@ def one_rank():
         yield
         distributed.stop()
     torch.set_num_threads(threads)
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"device is cuda, but torch sees no GPU here: .* set device=cpu"):
+        distributed.world_from_environment("cuda")
+    assert distributed.world_from_environment("auto").device.type == "cpu"
 
 
 def test_lazy_adam_scales_rate_and_betas():

@@ -88,8 +88,9 @@ def tensor_bytes(path: Path) -> int:
 
 def test_data_that_is_not_there_is_noise_or_one_line(workspace):
     absent = ("data.builtin=null", "data.shards=nowhere", "dry_run=true", "run_dir=absent")
-    told = figures(forked.train(workspace, *absent, "data.labels=false"))
+    told = figures(said := forked.train(workspace, *absent, "data.labels=false"))
     assert told["data"].startswith("noise, because") and "nowhere" in told["data"] and told["hours"] > 0
+    assert said.index("data: noise, because") < said.index("probe")  # and not after minutes of steps
     (run,) = forked.start(workspace, *absent)
     assert run.ends() == 2 and "nowhere" in run.said and "Traceback" not in run.said
     assert not (workspace / "absent").exists()
@@ -102,6 +103,9 @@ def test_data_that_is_not_there_is_noise_or_one_line(workspace):
         ("new", ["init_from=nowhere.safetensors"], "nowhere.safetensors"),
         ("run", ["generator.z_dim=4"], "was made with generator.z_dim = 8"),
         ("run", ["ema.power=[0.2]"], "has no G_power-0.200.safetensors"),
+        ("new", ["data.builtin=null", "data.shards=datasets/digits-16x16x1", "data.labels=false", "data.channels=3"],
+         "set data.channels=1"),
+        ("new", ["data.builtin=null", "data.shards=recipe.yaml", "data.labels=false"], "recipe.yaml"),
         ("new", ["metrics={names: fid50k_full}"], "import_weights.py inception"),
         ("new", ["metrics={names: fid50k_full, features: gone.safetensors}"], "gone.safetensors does not exist"),
         ("new", ["metrics={names: als20, attributes: gone}"], "metrics.attributes: gone does not exist"),
@@ -111,7 +115,8 @@ def test_data_that_is_not_there_is_noise_or_one_line(workspace):
         ("new", ["metrics={names: als20, attributes: gone}", *NO_DATA], "metrics.attributes: gone does not exist"),
     ],
     ids=["freeze of nothing trained", "init_from that is not there", "a checkpoint of other networks",
-         "a checkpoint without the average", "weights", "features", "attributes", "attributes that are none",
+         "a checkpoint without the average", "data of other channels", "data that are none", "weights",
+         "features", "attributes", "attributes that are none",
          "too few images", "weights, and no data", "attributes, and no data"],
 )  # fmt: skip
 def test_what_the_run_would_refuse_is_refused(workspace, run, overrides, says):

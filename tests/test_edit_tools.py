@@ -1,6 +1,7 @@
 """tools/sample.py's grids and latents, tools/directions.py and tools/video.py, on a snapshot of the quickstart."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -242,11 +243,12 @@ def test_pca_finds_the_axes_of_w(generator):
 
 
 def test_svm_and_names_of_ones_own(snapshot, tmp_path):
-    out = tmp_path / "d.safetensors"
+    out = tmp_path / "d e.safetensors"
     attributes_file(tmp_path / "attributes.safetensors")
-    run(directions.app, "svm", snapshot, "--attributes", tmp_path / "attributes.safetensors", "--samples", 500,
-        "--seeds", 0, "--out", out)  # fmt: skip
+    said = run(directions.app, "svm", snapshot, "--attributes", tmp_path / "attributes.safetensors", "--samples", 500,
+               "--seeds", 0, "--out", out)  # fmt: skip
     assert load_directions(out).names == ("a0", "a1") and out.with_suffix(".png").is_file()
+    assert shlex.split(said.splitlines()[-1])[-4:] == ["--directions", str(out), "--edit", "a0=2"]  # for a shell
     assert run(directions.app, "name", out, "a1=smile").endswith("a0, smile\n")
     found = load_directions(out)
     assert found.names == ("a0", "smile") and found.kind == "svm"

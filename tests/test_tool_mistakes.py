@@ -18,10 +18,22 @@ from hsrgan.engine.metrics.directions import Directions, load_directions, save_d
 from hsrgan.engine.metrics.weights import read_weights
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import read_safetensors, sha256_of
-from hsrgan.tools import directions, ema, export, import_weights, sample, score_digits, video
+from hsrgan.tools import (
+    directions,
+    ema,
+    eval,
+    export,
+    fit_attributes,
+    fit_teacher,
+    import_weights,
+    sample,
+    score_digits,
+    video,
+)
 
 APPS = {"sample": sample, "video": video, "directions": directions, "export": export, "ema": ema,
-        "import_weights": import_weights, "score_digits": score_digits}  # fmt: skip
+        "import_weights": import_weights, "score_digits": score_digits, "eval": eval, "fit_teacher": fit_teacher,
+        "fit_attributes": fit_attributes}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +118,25 @@ def test_places_that_are_something_else(here, command, says):
     (here / "dangling").symlink_to("nowhere")
     (here / "same.safetensors").symlink_to("m.safetensors")
     assert says in line(command)
+
+
+@pytest.mark.parametrize(("command", "says"), [
+    ("directions sefa m.safetensors --out m.safetensors", "--out m.safetensors: a snapshot is there"),
+    ("sample m.safetensors --save-w m.safetensors", "--save-w m.safetensors: a snapshot is there"),
+    ("eval m.safetensors --metrics als20 --out m.safetensors", "--out m.safetensors: a snapshot is there"),
+    ("ema . --length 0.1 --out snapshots/m.safetensors", "--out snapshots/m.safetensors: a snapshot is there"),
+    ("fit_teacher digits --out m.safetensors", "--out m.safetensors: a snapshot is there"),
+    ("fit_attributes digits --out m.safetensors", "--out m.safetensors: a snapshot is there"),
+    ("fit_teacher digits --out 00000.tar", "--out 00000.tar: the name must end in .safetensors"),
+    ("fit_attributes digits --out snapshots", "--out snapshots: the name must end in .safetensors"),
+    ("sample snapshots", "snapshot snapshots is a folder: name the .safetensors file in it"),
+])  # fmt: skip
+def test_a_snapshot_is_not_written_over(here, command, says):
+    (here / "snapshots").mkdir()
+    (here / "snapshots/m.safetensors").symlink_to((here / "m.safetensors").resolve())
+    before = (here / "m.safetensors").read_bytes()
+    assert says in line(command)
+    assert (here / "m.safetensors").read_bytes() == before
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where even root makes no file")

@@ -238,7 +238,8 @@ def _write(
     Console().print(_table(directions))
     typer.echo(f"{out}, {out.with_suffix('.json')} and {out.with_suffix('.png')}, where every direction is shown from "
                f"{STRENGTHS[0]} to {STRENGTHS[-1]}")  # fmt: skip
-    typer.echo(f"use it with tools/sample.py {snapshot} --directions {out} --edit {directions.names[0]}=2")
+    use = ["tools/sample.py", str(snapshot), "--directions", str(out), "--edit", f"{directions.names[0]}=2"]
+    typer.echo(f"use it with {shlex.join(use)}")
 
 
 def _save(directions: Directions, out: Path, command: str) -> None:

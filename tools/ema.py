@@ -1,5 +1,6 @@
-"""Averages of any length from those that a run with `ema.power` has kept:
-`python tools/ema.py runs/ffhq --length 0.08 --at 25000 --out snapshot.safetensors`.
+"""Averages of any length from those that a run with `ema.power` has kept.
+
+    python tools/ema.py runs/ffhq --length 0.08 --at 25000 --out snapshot.safetensors
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hsrgan.engine.pictures import image_grid, save_png
 from hsrgan.engine.power_ema import LONGEST, Fit, fit
 from hsrgan.engine.sampler import check_psi, generate, parse_seeds, place
 from hsrgan.engine.snapshot import load_snapshot, read_metadata, read_tensors, save_snapshot
+from hsrgan.tools import options
 
 WORST = 0.1  # residual above which a length is refused
 TITLE, GAP = 14, 8  # pixels, of the line above a grid and between two grids
@@ -169,13 +171,16 @@ def main(
         raise UserError(f"--out {out}: the name must end in .safetensors; a .png is written beside it")
     if len(set(length)) < len(length):
         raise UserError(f"--length {max(length, key=length.count):g} is given twice; name each once")
+    paths = [out if len(length) == 1 else out.with_name(f"{out.stem}-{one:g}{out.suffix}") for one in length]
+    for path in paths:
+        if path.parent.resolve() in ((run / "snapshots").resolve(), (run / "power").resolve()):  # the run's own
+            options.spare_snapshot(path)
     used = until(stored_averages(run), at)
     fits = fit_lengths(used, length)
     with writable(out.parent, "name another --out"):
         out.parent.mkdir(parents=True, exist_ok=True)
     newest, pictures = used[-1], {}
-    for one_length, one, parameters in zip(length, fits, combine(used, fits), strict=True):
-        path = out if len(length) == 1 else out.with_name(f"{out.stem}-{one_length:g}{out.suffix}")
+    for path, one_length, one, parameters in zip(paths, length, fits, combine(used, fits), strict=True):
         generator, kimg = reconstructed(newest, parameters), newest.images / 1000
         facts = {"length": one_length, "images": newest.images, "residual": one.residual, "averages": len(used)}
         save_snapshot(

@@ -28,6 +28,7 @@ from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
+from hsrgan.tools.options import spare_snapshot
 
 app = CommandLine()
 
@@ -89,6 +90,8 @@ def main(
     """
     world = distributed.world_from_environment()
     with user_errors(quiet=not world.first), Bars(quiet=not world.first) as bars:
+        if out is not None:
+            spare_snapshot(out)
         results = []
         scorer, generators = _prepared(
             world, snapshots, metrics, data, features, resize.value, progress=bars, seed=seed, batch=batch,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -35,6 +34,7 @@ from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.metrics.attributes import WEAK, AttributeClassifier, balanced_accuracies, save_attributes
 from hsrgan.engine.shards import MANIFEST, load_manifest
+from hsrgan.tools import options
 from hsrgan.tools.fit_teacher import Images, Views, build, channel_statistics, hold_out, parse_args, read_images
 
 DIGITS_RESOLUTION = 16
@@ -170,8 +170,7 @@ def main(
       python tools/fit_attributes.py img_align_celeba/ --table list_attr_celeba.txt --resolution 128 --model resnet18 --kimg 2000 --mirror
     """  # noqa: E501 (a command to copy)
     console = Console()
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written: name another")
+    options.check_model_file(out)
     side = _resolution(data, resolution)
     images = read_images(data, side)
     names, labels = labelled(images, table, data)

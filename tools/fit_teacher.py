@@ -13,7 +13,6 @@ import copy
 import io
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -39,6 +38,7 @@ from hsrgan.engine.digits import ensure_digits
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.shards import MANIFEST, load_manifest
 from hsrgan.engine.teacher import Teacher, create_timm, load_teacher, save_teacher
+from hsrgan.tools import options
 from hsrgan.tools.pack_sources import open_source, reader
 
 SMALL_VIT = "vit_tiny_patch16_224"
@@ -369,8 +369,7 @@ def main(
       python tools/fit_teacher.py shards/ --model resnet10t --resolution 64
     """
     console = Console()
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist or cannot be written: name another")
+    options.check_model_file(out)
     kwargs = {**parse_args(model_args or (SMALL_VIT_ARGS if model == SMALL_VIT else "")), "num_classes": 0}
     net, kwargs = build(model, kwargs, resolution, seed)
     images = read_images(data, resolution)

@@ -18,6 +18,7 @@ from hsrgan.engine.labels import multi_hot, parse_label
 from hsrgan.engine.latents import Latents, load_latents
 from hsrgan.engine.model import Generator
 from hsrgan.engine.sampler import Noise, parse_seeds, ws_of_seeds
+from hsrgan.engine.snapshot import read_metadata
 
 SnapshotFile = Annotated[Path, typer.Argument(help="A .safetensors file from a run's snapshots folder.")]
 Psi = Annotated[float, typer.Option(help="Truncation: 1 = none, 0 = the average picture.")]
@@ -110,4 +111,21 @@ def check_file(out: Path) -> None:
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
     if os.path.isdir(out):
         raise UserError(f"--out {out}: {out} is a folder; name another file")
+    spare_snapshot(out)
     check_writable(out.parent, "name another --out")
+
+
+def check_model_file(out: Path) -> None:
+    """`check_file` of a .safetensors, before any other file, such as a shard, is taken for one to be replaced."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: the name must end in .safetensors")
+    check_file(out)
+
+
+def spare_snapshot(out: Path, option: str = "--out") -> None:
+    """A UserError where `out` is a snapshot, which what a tool writes there would replace: hours of training."""
+    try:
+        read_metadata(out)
+    except UserError:
+        return
+    raise UserError(f"{option} {out}: a snapshot is there, and would be lost; name another file")

@@ -173,6 +173,8 @@ def main(
     with Bars() as bars:
         if not grid and not single:
             raise UserError("--no-grid with --no-single leaves nothing to write; drop one of them")
+        if save_w:
+            options.spare_snapshot(save_w, "--save-w")
         generator, metadata = load_snapshot(snapshot)
         columns = options.read_start(seeds, w, label, generator, default="0-63")
         psis = parse_psis(psi)
