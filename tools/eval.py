@@ -90,8 +90,9 @@ def main(
     """
     world = distributed.world_from_environment()
     with user_errors(quiet=not world.first), Bars(quiet=not world.first) as bars:
-        if out is not None:
-            spare_snapshot(out)
+        with before_meeting(world.rank, world.size):
+            if out is not None:
+                spare_snapshot(out)
         results = []
         scorer, generators = _prepared(
             world, snapshots, metrics, data, features, resize.value, progress=bars, seed=seed, batch=batch,
