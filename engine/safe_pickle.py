@@ -88,6 +88,10 @@ class _Reader:
                 if opcode.name == "STOP":
                     return self.stack.pop()
                 self.step(opcode.name, arg)
+        except ValueError as error:
+            if str(error).startswith("at position"):  # genops' own words
+                raise ValueError("it is no pickle, or a damaged one") from None
+            raise
         except (IndexError, KeyError):  # of stack and memo
             raise ValueError("the pickle is damaged") from None
         except (OverflowError, AssertionError) as error:  # of genops on absurd lengths

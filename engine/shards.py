@@ -130,7 +130,7 @@ class Manifest:
 def load_manifest(path: str | os.PathLike) -> Manifest:
     """Read the manifest of a packed data set, by its folder or its manifest.json. A bad one raises `UserError`."""
     path = Path(path)
-    file = path / MANIFEST if path.is_dir() else path
+    file = path if path.is_file() or path.suffix == ".json" else path / MANIFEST
     try:
         raw = file.read_bytes()
     except FileNotFoundError:

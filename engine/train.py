@@ -45,9 +45,9 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
         world = distributed.world_from_environment(recipe.device)
         launch.allow_tf32(recipe.tf32)
         if not recipe.dry_run:
-            check_writable(Path(recipe.run_dir))
             check_paths(recipe)
             manifest = assembly.dataset(recipe.data)
+            check_writable(Path(recipe.run_dir))  # last: what is refused before leaves no folder
     if recipe.dry_run:
         return dry_run(recipe, world)
     distributed.start(world, recipe.faults.rendezvous_timeout)

@@ -79,6 +79,7 @@ def test_a_folder_gives_a_teacher_and_its_figures_and_the_same_one_again(folder,
         assert code == 0, output
     assert "19 images, 15 of them to fit on" in output and "4 held-out images" in output and "linear" in output
     assert "skipped 1 damaged" in output
+    assert f"in a recipe: hsr.teacher={outs[-1]}\n" in output  # in one piece, to be pasted
     a, b = (load_file(out) for out in outs)
     assert all(torch.equal(a[k], b[k]) for k in a)
     teacher = load_teacher(str(outs[0]), layers={4: 1, 8: 0})

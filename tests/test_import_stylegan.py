@@ -254,6 +254,8 @@ def test_names_of_files(tmp_path):
     assert "cannot write" in line(run(file, tmp_path / "absent/out.safetensors"))
     assert "name another one to write" in line(run(tmp_path / "a.safetensors", tmp_path / "a.safetensors"))
     assert "Is a directory" in line(run(tmp_path, tmp_path / "out.safetensors"))
+    (tmp_path / "walk.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    assert "it is no pickle, or a damaged one" in line(run(tmp_path / "walk.mp4", tmp_path / "out.safetensors"))
 
 
 def test_a_network_file_says_what_it_is(tmp_path):

@@ -70,7 +70,7 @@ def anew(source, changes: dict) -> set[str]:
     ({"hsr": {"layers": {"8": 3, "16": 0}}}, {"heads.16."}),
     ({"projected": {"weights": None}}, {"projected."}),
     ({"projected": {"teacher": "resnet18"}, "vision_aided": {"layers": [1, 2]}}, {"projected.", "vision_aided."}),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_heads_on_another_teacher_or_other_layers_begin_anew(source, changes, begin):
     assert anew(source, changes) == begin
 

@@ -390,7 +390,7 @@ def main(
                  command=shlex.join(["python", "tools/fit_teacher.py", *sys.argv[1:]]))
     fitted = load_teacher(str(out), layers={resolution: last})  # judged as it will be used: from the file
     console.print(judge({"fitted": fitted, "untrained": untrained}, train, test, views))
-    console.print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, layers 0 to {last}; in a recipe: hsr.teacher={out}")
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, layers 0 to {last}; in a recipe: hsr.teacher={out}")
 
 
 if __name__ == "__main__":

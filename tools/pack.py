@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -210,7 +211,7 @@ def pack(
     if format is not Format.png and quality is None:
         quality = 95
     check_target(dest, force=force)
-    recipe = Recipe(size, crop, resize, channels, format, quality)
+    recipe, new = Recipe(size, crop, resize, channels, format, quality), not dest.exists()
     try:
         with Packers(processes) as packers:
             images = open_source(source, labels=labels, resolution=max(size))
@@ -222,6 +223,10 @@ def pack(
                     images, dest, recipe, packers, seed=seed, limit=max_images or len(images.names),
                     shard_size=shard_size, console=console,
                 )  # fmt: skip
+    except UserError:
+        if new and dest.is_dir() and os.listdir(dest) == [".lock"]:  # nothing came of it
+            shutil.rmtree(dest)
+        raise
     except OSError as error:
         raise UserError(f"{error.filename or dest}: {error.strerror}") from None
     except KeyboardInterrupt:
