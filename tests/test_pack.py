@@ -46,7 +46,7 @@ def run(source, dest, *options):
     arguments = [str(source), str(dest), "--resolution", "16", *map(str, options)]
     result = CliRunner().invoke(pack_tool.app, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
     if result.exit_code == 2:
-        raise UserError(result.stderr)
+        raise UserError(result.stderr.removeprefix("error: ").removesuffix("\n"))
     assert result.exit_code == 0, result.output
     return result.output, shards.load_manifest(dest)
 
