@@ -1,4 +1,4 @@
-"""What the tests of ops in plain PyTorch share."""
+"""What the tests of ops share."""
 
 import pytest
 import torch

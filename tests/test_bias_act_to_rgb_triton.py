@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from op_cases import OpCase, assert_equal, derivatives
+from op_inputs import _one_thread  # noqa: F401  (a fixture)
 from opcheck import CHECKS, check
 from watched import watched
 
@@ -16,15 +17,6 @@ pytest.importorskip("triton")
 TAPS = torch.tensor([1.0, 2.0, 4.0, 3.0], dtype=torch.float64) / 10  # not symmetric: a mirrored tap shows
 NAMES = ("x", "weight", "style", "bias", "rgb_bias", "demod", "noise", "strength", "image")
 LAYER = {"clamp": 0.75, "rgb_clamp": 1.25}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def operands(n, c, h, w, *, names=NAMES, outputs=3, scale=2):

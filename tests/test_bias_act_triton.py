@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import OpCase, assert_equal, derivatives
+from op_inputs import _one_thread, normal  # noqa: F401  (a fixture)
 from opcheck import CHECKS, check
 from watched import watched
 
@@ -17,19 +18,6 @@ from hsrgan.kernels import bias_act_triton as module
 
 ACTS = ("lrelu", "relu", "linear", "swish", "tanh", "sigmoid")
 NAMES = ("x", "bias", "demod", "noise", "strength", "next_style", "residual")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-def normal(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def operands(n, c, *size, names=NAMES):

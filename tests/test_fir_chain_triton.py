@@ -3,6 +3,7 @@
 import pytest
 import torch
 from op_cases import OpCase, assert_equal, truth_and_op
+from op_inputs import _one_thread, normal  # noqa: F401  (a fixture)
 from opcheck import CHECKS, check
 
 from hsrgan import kernels
@@ -18,19 +19,6 @@ SMALL = {
     "gradcheck_size": (1, 2, 3, 4),
     "slow_size": (1, 1, 2, 2),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-def normal(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def behind(pad=1, names=("bias", "demod", "noise", "strength"), **options):

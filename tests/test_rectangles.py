@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from literal_networks import mapping, reference_d, reference_g
-from small_networks import WIDTHS, as_function, close, make_d, make_g, stir
+from small_networks import WIDTHS, as_function, close, make_d, make_g, one_thread, stir  # noqa: F401  (a fixture)
 
 from hsrgan.engine import losses
 from hsrgan.engine.errors import UserError
@@ -14,14 +14,6 @@ from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.engine.sizes import MAX_RESOLUTION, MAX_START, START, block_sizes, in_words, plain, sides
 
 ARCHITECTURES = ("skip", "orig", "resnet")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- sizes

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from op_cases import OpCase, assert_equal, truth_and_op
+from op_inputs import _one_thread  # noqa: F401  (a fixture)
 from opcheck import CHECKS, check
 
 from hsrgan import kernels
@@ -11,15 +12,6 @@ from hsrgan.kernels import launch
 pytest.importorskip("triton")
 
 TAPS = torch.tensor([1.0, 2.0, 4.0, 3.0], dtype=torch.float64) / 10  # not symmetric: a mirrored tap shows
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def case(outputs=3, image=2, bias=True, f=TAPS, **options):
