@@ -67,6 +67,10 @@ class Gpu:
     matrix: float  # fp16 and bf16 products with fp32 sums, dense
     vector: float  # fp32
 
+    def rate(self, kind: str) -> float:
+        """FLOP/s of products of a kind (`launch.kind_of`). tf32 is half of fp16 on each of these data sheets."""
+        return {"half": self.matrix, "tf32": self.matrix / 2, "ieee": self.vector}[kind]
+
 
 # Residency: the manuals named above (CDNA 3: 8 waves on each of 4 SIMDs; 512 registers × 64 lanes × 4 SIMDs).
 # Rates: the data sheets of the A100 80GB SXM, H100 SXM, H200 SXM, B200 (HGX) and MI300X, without sparsity.
@@ -298,7 +302,7 @@ def _elements(t: Tensor) -> int:
     return math.prod(n if s else min(n, 1) for n, s in zip(t.shape, t.stride(), strict=True))
 
 
-def floor_seconds(moved: float, flops: float, gpu: Gpu | str, *, matrix: bool = False) -> float:
-    """The time below which no kernel can be on gpu: bytes at full bandwidth or flops at the full rate."""
+def floor_seconds(moved: float, flops: float, gpu: Gpu | str, kind: str = "ieee") -> float:
+    """The time below which no kernel can be on gpu: bytes at full bandwidth or flops at the full rate of their kind."""
     gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
-    return max(moved / gpu.bandwidth, flops / (gpu.matrix if matrix else gpu.vector))
+    return max(moved / gpu.bandwidth, flops / gpu.rate(kind))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.graphs import Graphs, direct
-from hsrgan.kernels import bias_act, bias_act_torch, conv2d, feature_match, use_convolution
+from hsrgan.kernels import bias_act, bias_act_torch, conv2d, feature_match, launch, use_convolution
 from hsrgan.kernels.builds import GPUS
 from hsrgan.tools import bench_train, kernel_shapes, train_gpu, train_model, train_stylegan3, train_variants
 from hsrgan.tools.plain_training import plain_training, random_teacher
@@ -38,8 +38,8 @@ def _small(monkeypatch):
 
 
 def variant(**changes) -> Variant:
-    return Variant(**{"model": "tiny", "precision": "bf16", "batch": 4, "hsr": False, "backend": "torch",
-                      "graphs": False} | changes)  # fmt: skip
+    return Variant(**{"model": "tiny", "precision": "bf16", "num_fp16_res": 4, "tf32": False, "batch": 4, "hsr": False,
+                      "backend": "torch", "graphs": False} | changes)  # fmt: skip
 
 
 def meta(*shape: int, dtype=torch.float16) -> torch.Tensor:
@@ -145,6 +145,43 @@ def test_the_command_models_every_variant_and_says_that_nothing_was_timed(tmp_pa
     row = by[False, True, False]
     step = row["Gmain"] + row["Greg"] / 4 + row["Dmain"] + row["Dreg"] / 16 + row["rest"]
     assert row["step_p50"] == pytest.approx(step) and row["img_s"] == pytest.approx(4 / step)
+
+
+def test_the_model_knows_tf32_and_how_many_resolutions_are_half():
+    """fp32 products are the only ones that tf32 speeds up; with more resolutions in half precision fewer are left."""
+    after = launch.tf32_allowed()
+    seconds = {}
+    try:
+        for changes in ({}, {"tf32": True}, {"num_fp16_res": 1}, {"num_fp16_res": 1, "tf32": True}):
+            (row,) = train_model.model([variant(batch=64, **changes)], H200)
+            seconds[tuple(changes)] = row["step_p50"]
+            assert (row["num_fp16_res"], row["tf32"]) == (changes.get("num_fp16_res", 4), changes.get("tf32", False))
+    finally:
+        launch.allow_tf32(after)
+    some, half, few, tf32_of_few = seconds.values()
+    assert half < some < few and tf32_of_few < few
+    product = {}
+    for allowed in (False, True):
+        launch.allow_tf32(allowed)
+        with Counter(H200) as counter:
+            meta(4096, 4096, dtype=torch.float32) @ meta(4096, 4096, dtype=torch.float32)
+        product[allowed] = counter.cost.seconds
+    launch.allow_tf32(after)
+    assert product == {False: 2 * 4096**3 / H200.vector, True: 2 * 4096**3 / (H200.matrix / 2)}
+
+
+def test_ctrl_c_keeps_the_rows_there_are(tmp_path, monkeypatch):
+    def two(variants, gpu):
+        for each in variants[:2]:
+            yield train_variants.row(each, img_s=1.0, step_p50=1.0, peak_bytes=1, kernels_per_step=1,
+                                     host_launches_per_step=1, timed=False, **dict.fromkeys(bench_train.PHASES, 0.1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train_model, "model", two)
+    run = CliRunner().invoke(bench_train.app, ["--model", "tiny", "--out", str(tmp_path / "rows")])
+    assert run.exit_code == 130 and "stopped: 2 rows, of 8" in run.output
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,8 @@ def test_bytes_count_each_tensor_and_each_element_once():
 
 def test_floor_is_the_slower_of_bytes_and_flops():
     assert builds.floor_seconds(4.8e12, 0, "H200") == 1
-    assert builds.floor_seconds(4.8e12, 989e12 * 2, "H200", matrix=True) == 2
+    assert builds.floor_seconds(4.8e12, 989e12 * 2, "H200", "half") == 2
+    assert builds.floor_seconds(4.8e12, 989e12 * 2, "H200", "tf32") == 4
 
 
 @pytest.mark.parametrize(

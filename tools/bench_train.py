@@ -14,6 +14,7 @@ of R1 and path length, and whether it would win in the other phases has not been
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import platform
 from pathlib import Path
@@ -27,7 +28,6 @@ from rich.table import Table
 
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError
-from hsrgan.kernels import launch
 from hsrgan.kernels.builds import GPUS
 from hsrgan.tools import train_cpu, train_gpu, train_model, train_stylegan3
 from hsrgan.tools.bench_kernels import OUT, chosen, now, versions
@@ -87,6 +87,8 @@ def main(
     turns: Annotated[int, typer.Option(min=5, help="Timed turns of every form; on a GPU of 16 steps.")] = 15,
     batch: Annotated[int, typer.Option(min=2, help="Images a step, for --model.")] = 8,
     precision: Annotated[str, typer.Option(help=f"For --model: {', '.join(PRECISIONS)}.")] = "fp16",
+    num_fp16_res: Annotated[int, typer.Option(min=1, help="Highest resolutions in half precision, for --model.")] = 4,
+    tf32: Annotated[bool, typer.Option("--tf32", help="What is fp32 on tensor cores, for --model.")] = False,
     stylegan3: Annotated[Path | None, typer.Option(help="A checkout whose networks become a rival, on a GPU.")] = None,
     gpu: Annotated[str, typer.Option(help=f"Of the static model: {', '.join(GPUS)}.")] = "H200",
     json_file: Annotated[Path | None, typer.Option("--json", help="Of the CPU: write the rows there too.")] = None,
@@ -115,21 +117,30 @@ def main(
         raise UserError(f"--batch {batch}: path length works on half of it, so it must be even")
     if stylegan3 is not None and not there:
         raise UserError("--stylegan3 is timed on a GPU, and there is none here: leave it out")
-    wanted = variants(chosen(models or ",".join(MODELS), MODELS, "model"), precision, batch)
+    wanted = variants(chosen(models or ",".join(MODELS), MODELS, "model"), precision, num_fp16_res, tf32, batch)
     device = torch.cuda.get_device_name() if there else f"{gpu} (data sheet)"
-    launch.allow_tf32(False)  # as in the recipes; PyTorch's default lets cuDNN take tf32 for the fp32 truth
     facts = {"device": device, "versions": versions(), "date": now()}
     found = train_gpu.bench(wanted, turns, train_gpu.Gpu()) if there else train_model.model(wanted, GPUS[gpu])
     what = "timing" if there else "counting"
-    rows = [r | facts for r in track(found, what, total=len(wanted), console=Console(stderr=True), transient=True)]
     if stylegan3 is not None:
-        rows += [r | facts for r in train_stylegan3.bench(stylegan3, wanted, turns, train_gpu.Gpu())]
+        found = itertools.chain(found, train_stylegan3.bench(stylegan3, wanted, turns, train_gpu.Gpu()))
+    rows, stopped = [], False
+    try:
+        for each in track(found, what, total=len(wanted), console=Console(stderr=True), transient=True):
+            rows.append(each | facts)
+    except KeyboardInterrupt:
+        stopped = True
+    if not rows:
+        raise typer.Exit(130)
     if there or out is not None:
         write(rows, out or OUT / f"train_{device.lower().replace(' ', '_').replace('/', '_')}")
-    title = f"{device}, {precision}, batch {batch}"
+    title = f"{device}, {wanted[0].numbers}, batch {batch}"
     print_rows(rows, title if there else f"{title}: the static model's floors. NOTHING WAS TIMED", console)
     if not there:
         console.print(f"No GPU here: nothing was timed. Floors are {gpu}'s data sheet, not a measurement.")
+    if stopped:
+        console.print(f"stopped: {len(rows)} rows, of {len(wanted)}")
+        raise typer.Exit(130)
 
 
 if __name__ == "__main__":

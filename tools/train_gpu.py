@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from hsrgan.engine.errors import UserError
 from hsrgan.engine.graphs import Cuda, Graphs, direct
 from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
 from hsrgan.engine.run_state import Training
-from hsrgan.kernels import use_backend
+from hsrgan.kernels import launch, use_backend
 from hsrgan.tools.plain_training import plain_training, random_teacher, run_step
 from hsrgan.tools.train_variants import HSR_LAYERS, Variant, recipe, row
 
@@ -85,7 +86,8 @@ def _refuse(line: str) -> None:
 
 
 def training(variant: Variant, probes: Probes) -> Training:
-    """Biases and noise strengths are moved off zero, so that a wrong one shows."""
+    """Biases and noise strengths are moved off zero, so that a wrong one shows. Sets tf32 as the variant has it."""
+    launch.allow_tf32(variant.tf32)
     with torch.device(probes.device):
         torch.manual_seed(1)
         teachers = {"hsr": random_teacher(HSR_LAYERS)} if variant.hsr else {}
@@ -130,13 +132,13 @@ def results(variant: Variant, probes: Probes) -> dict[str, Tensor]:
 
 def check(variants: list[Variant], probes: Probes) -> None:
     """UserError where a variant's images or gradients are further from the truth than twice plain PyTorch's own."""
-    own: dict[tuple, dict[str, float]] = {}
+    own: dict[Variant, dict[str, Any]] = {}
     for variant in variants:
-        small = Variant(variant.model, variant.precision, CHECKED, variant.hsr, variant.backend, variant.graphs)
-        plain = (variant.model, variant.precision, CHECKED, variant.hsr, "torch", False)
+        small = replace(variant, batch=CHECKED)
+        plain = replace(small, backend="torch", graphs=False)
         if plain not in own:
-            truth = results(Variant(variant.model, "fp32", *plain[2:]), probes)
-            own[plain] = errors(results(Variant(*plain), probes), truth) | {"truth": truth}
+            truth = results(replace(plain, precision="fp32", tf32=False), probes)
+            own[plain] = errors(results(plain, probes), truth) | {"truth": truth}
         _free()
         for name, error in errors(results(small, probes), own[plain]["truth"]).items():
             allowed = 2 * own[plain][name] + FREE

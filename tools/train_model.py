@@ -19,7 +19,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,15 @@ class Cost:
         self.kernels += 1
         self.moved += moved
         self.half, self.full = self.half + flops * is_half, self.full + flops * (not is_half)
-        self.seconds += builds.floor_seconds(moved, flops, gpu, matrix=is_half)
+        self.seconds += builds.floor_seconds(moved, flops, gpu, kind_of(is_half))
 
     def plus(self, other: Cost, times: float = 1.0) -> Cost:
         return Cost(*(a + b * times for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def kind_of(is_half: bool) -> str:
+    """How products are taken, of halves or of fp32; as the kernels and PyTorch do."""
+    return launch.kind_of(torch.float16 if is_half else torch.float32)
 
 
 class Counter(TorchDispatchMode):
@@ -191,7 +196,8 @@ class PhaseCost:
 
 def missing_seconds(found: Cost, definition: Cost, gpu: Gpu) -> float:
     """The time of the products that the definitions have and no counted kernel accounts for."""
-    return max(0.0, definition.half - found.half) / gpu.matrix + max(0.0, definition.full - found.full) / gpu.vector
+    half, full = max(0.0, definition.half - found.half), max(0.0, definition.full - found.full)
+    return half / gpu.rate(kind_of(True)) + full / gpu.rate(kind_of(False))
 
 
 def phase_cost(t: Training, phase: Phase, batch: Round, gpu: Gpu, backend: str) -> PhaseCost:
@@ -217,9 +223,9 @@ def phase_cost(t: Training, phase: Phase, batch: Round, gpu: Gpu, backend: str) 
 
 def model(variants: list[Variant], gpu: Gpu) -> Iterator[dict]:
     """A row for each variant. Phases are counted once for both settings of graphs."""
-    known: dict[tuple, tuple] = {}
+    known: dict[Variant, tuple] = {}
     for variant in variants:
-        key = (variant.model, variant.precision, variant.batch, variant.hsr, variant.backend)
+        key = replace(variant, graphs=False)
         if key not in known:
             known[key] = _costs(variant, gpu)
         yield _row(variant, *known[key])
@@ -228,6 +234,7 @@ def model(variants: list[Variant], gpu: Gpu) -> Iterator[dict]:
 def _costs(variant: Variant, gpu: Gpu) -> tuple[Training, dict[str, tuple[float, PhaseCost]], Cost, int]:
     """The training, {phase: (share of steps, cost)}, the rest of a step, bytes that are always there."""
     settings = recipe(variant)
+    launch.allow_tf32(variant.tf32)
     teacher = None
     if variant.hsr:
         with torch.device("meta"):

@@ -56,8 +56,8 @@ def check(networks: ModuleType, variant: Variant, probes: Probes) -> None:
     plain = replace(variant, batch=CHECKED, hsr=False, backend="torch", graphs=False)
     found = []
     with use_backend("torch"), torch.no_grad():
-        for precision in ("fp32", variant.precision):
-            t = training(replace(plain, precision=precision), probes)
+        for each in (replace(plain, precision="fp32", tf32=False), plain):
+            t = training(each, probes)
             img = t.generator.synthesis(t.generator.mapping(z, None), noise_mode="const")
             found.append({"images": img.cpu(), "logits": t.discriminator(img).cpu()})
         theirs = contender(networks, plain, probes.device)
@@ -74,7 +74,8 @@ def check(networks: ModuleType, variant: Variant, probes: Probes) -> None:
 def bench(path: Path, variants: list[Variant], turns: int, probes: Probes) -> Iterator[dict]:
     """A row for each model: theirs has no HSR, no switches."""
     # cuDNN as their own training has it
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
+    tf32 = torch.backends.cudnn.allow_tf32  # what the last of ours was timed with
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32)
     with checkout(path, "training.networks_stylegan2") as (networks,), cudnn:
         for variant in {v.model: replace(v, hsr=False, backend="torch", graphs=False) for v in variants}.values():
             check(networks, variant, probes)
