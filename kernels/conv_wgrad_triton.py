@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hsrgan.kernels import launch
+from hsrgan.kernels.conv_table import Shape, measured
 from hsrgan.kernels.products import products
 from hsrgan.kernels.tiles import is_nhwc, power_of_two
 
@@ -154,8 +155,9 @@ def blocks(x: Tensor, g: Tensor, k: int) -> dict[str, int]:
     return {"BR": br, "BO": bo, "BK": bk, "num_warps": warps, "num_stages": stages}
 
 
-def fits(x: Tensor, g: Tensor, k: int, *, scaled: bool) -> bool:
-    """Should this kernel run, or the library's with the scales multiplied in before? A documented rule, not measured.
+def fits(x: Tensor, g: Tensor, k: int, stride: int, *, scaled: bool) -> bool:
+    """Should this kernel run, or the library's with the scales multiplied in before? What was measured (`conv_table`),
+    else a rule.
 
     It needs tensor cores (half precision, or fp32 with tf32 allowed), channels_last and whole 16-byte vectors of
     channels. It pays where bytes count, not flops: with 64 channels on either side, reading x once less is worth more
@@ -163,9 +165,13 @@ def fits(x: Tensor, g: Tensor, k: int, *, scaled: bool) -> bool:
     flops in the time of a byte on an H200). And the sums of the samples must not outweigh what they are made of.
     """
     cin, cout = x.shape[1], g.shape[1]
-    fast = launch.kind_of(x.dtype) != "ieee" and is_nhwc(x) and is_nhwc(g)
+    if launch.kind_of(x.dtype) == "ieee" or not (is_nhwc(x) and is_nhwc(g) and cin % 16 == cout % 16 == 0):
+        return False
+    shape = Shape.of(k, stride, False, cin, cout, x.shape[2], scaled, dw=True)
+    if (row := measured(shape, x.dtype, launch.chip(x))) is not None:
+        return row.run == "gemm"
     sums = (len(x) if scaled else 1) * 2 * 4 * k * k * cin * cout
-    return fast and cin % 16 == cout % 16 == 0 and min(cin, cout) <= 64 and sums <= x.nbytes + g.nbytes
+    return min(cin, cout) <= 64 and sums <= x.nbytes + g.nbytes
 
 
 def gradients(

@@ -203,7 +203,7 @@ def _weight_gradient(
         from hsrgan.kernels.conv_wgrad_triton import fits, gradients
 
         scaled = x_scale is not None or g_scale is not None
-        if forced() == "gemm" or (forced() is None and fits(x, g, k, scaled=scaled)):
+        if forced() == "gemm" or (forced() is None and fits(x, g, k, stride, scaled=scaled)):
             return gradients(x, g, None, x_scale, g_scale, k, stride, padding, (True, False, False))[0]
     x, g = _scaled(x, x_scale), _scaled(g, g_scale)
     # read for its shape and layout only

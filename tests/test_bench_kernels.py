@@ -1,6 +1,7 @@
 """tools/bench_kernels.py: nothing is timed before all is right; its rows; its model of GPUs that are not there."""
 
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -33,21 +34,17 @@ def small_cases(modes=kernel_timing.MODES, dtypes=(torch.float32,)):
     return kernel_timing.cases(calls, list(dtypes), list(modes))
 
 
-def never(*_):
-    raise AssertionError("a stopwatch was started")
-
-
 def fake_watch(run):
     run()
-    return {"p20": 1e-3, "p50": 2e-3, "p80": 3e-3}
+    return {"p20": 1e-3, "p50": 2e-3, "p80": 3e-3, "graph": False}
 
 
 def bench(cases, providers):
-    return bench_kernels.bench(cases, providers, "cpu", fake_watch, lambda: ROOFS, peak=lambda run: 7)
+    return list(bench_kernels.bench(cases, providers, "cpu", fake_watch, ROOFS, peak=lambda run: 7))
 
 
 @pytest.mark.parametrize("mode", kernel_timing.MODES)
-def test_a_wrong_result_in_any_mode_times_nothing(mode):
+def test_a_wrong_result_in_any_mode_is_found(mode):
     class OnlyThisModeIsWrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -73,8 +70,8 @@ def test_a_wrong_result_in_any_mode_times_nothing(mode):
 
     cases = small_cases([mode])
     providers = {"sound": eager, "broken": broken}
-    with pytest.raises(UserError, match="nothing was timed; the first: broken bias_act"):
-        bench_kernels.bench(cases, providers, "cpu", never, never, peak=never)
+    wrong = bench_kernels.check_all(cases, providers, "cpu")
+    assert len(wrong) == len(cases) and all(line.startswith("broken ") and mode in line for line in wrong)
 
 
 def test_a_provider_that_raises_is_wrong_too():
@@ -98,8 +95,9 @@ def test_the_gate_is_of_the_dtype():
 
         return op
 
-    assert kernel_timing.gate(case, rounded(1), "cpu") == ""
-    assert "is off by" in kernel_timing.gate(case, rounded(1.01), "cpu")
+    truth = kernel_timing.Truth(case, "cpu")
+    assert truth.gate(rounded(1)) == ""
+    assert "is off by" in truth.gate(rounded(1.01))
 
 
 def test_rows_and_files(tmp_path):
@@ -137,6 +135,70 @@ def test_compiled_functions_have_no_second_derivative_and_a_case_no_third():
     assert [case.mode for case in cases] == ["forward", "backward"]
     double = small_cases(["double"])[0]
     assert kernel_timing.possible("eager", double) and not kernel_timing.possible("compiled", double)
+
+
+def test_every_shape_is_compiled_anew(monkeypatch):
+    """dynamo would run the ninth shape of a function eagerly, and a rival would be timed under a wrong name."""
+    built = []
+
+    def backend(graph, inputs):
+        built.append(inputs[0].shape)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    provider = kernel_timing.providers(None)["compiled"]
+    for width in range(2, 12):
+        call = kernel_timing.Call("", "bias_act", {"x": (1, 2, 2, width)})
+        call.function(provider(call))(**call.make(torch.float32, "cpu"))
+    assert len(built) == 10
+
+
+class FakeWatch:
+    def __call__(self, run):
+        return fake_watch(run)
+
+
+def test_what_was_timed_before_ctrl_c_is_kept(tmp_path, monkeypatch):
+    """And the largest layers come first."""
+    (tmp_path / "shapes.yaml").write_text(
+        "- {op: bias_act, batch: 1, channels: 4, resolution: 4}\n- {op: bias_act, batch: 1, channels: 4, resolution: 8}"
+    )
+    timed = []
+
+    def watch(self, run):
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+        timed.append(1)
+        return fake_watch(run)
+
+    monkeypatch.setattr(FakeWatch, "__call__", watch)
+    monkeypatch.setattr(kernel_timing, "Stopwatch", FakeWatch)
+    monkeypatch.setattr(kernel_timing, "roofs", lambda *_: ROOFS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
+    on_cpu = functools.partial(bench_kernels.bench, peak=lambda run: 7)
+    monkeypatch.setattr(bench_kernels, "bench", lambda cases, who, _, *rest: on_cpu(cases, who, "cpu", *rest))
+    check = bench_kernels.check_all
+    monkeypatch.setattr(bench_kernels, "check_all", lambda cases, who, _: check(cases, who, "cpu"))
+    options = ["--shapes", str(tmp_path / "shapes.yaml"), "--dtype", "float32", "--mode", "forward"]
+    options += ["--provider", "eager", "--out", str(tmp_path / "rows")]
+    run = CliRunner().invoke(bench_kernels.app, options)
+    assert run.exit_code == 130 and "stopped: 3 rows timed, of 8 cases" in run.output
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["provider"] for row in rows] == ["eager"] * 3 and all("[1, 4, 8, 8]" in row["shape"] for row in rows)
+
+
+def test_a_function_that_cannot_be_recorded_is_called(monkeypatch):
+    class Refuses:
+        def capture_begin(self, capture_error_mode):
+            pass
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Refuses)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert kernel_timing.recorded(lambda: None) is None
 
 
 def test_the_static_model_end_to_end(tmp_path):

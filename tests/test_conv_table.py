@@ -19,6 +19,14 @@ def shape(inputs, outputs, resolution, form="3x3", fused=True):
     return Shape(form, inputs, outputs, resolution, fused)
 
 
+@pytest.fixture
+def _rule():
+    """The rule alone, whatever has been measured."""
+    with conv_table.using((), alone=True):
+        yield
+
+
+@pytest.mark.usefixtures("_rule")
 @pytest.mark.parametrize("chip", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_the_rule(chip):
     """Few channels at a high resolution in half precision, with something to fuse: the GEMM, where a tile has been
@@ -33,17 +41,28 @@ def test_the_rule(chip):
     assert choose(shape(32, 32, 1024), torch.float16, "") is None
 
 
-def test_a_measurement_goes_before_the_rule(monkeypatch):
+def row(shape, tile, chip="sm_90", kind="half"):
+    return conv_table.Row(shape, kind, chip, "library" if tile is None else "gemm", tile, "measured on a toy")
+
+
+def test_a_measurement_goes_before_the_rule():
     tile = conv_table.Tile(128, 256, 64, 8, 3)
-    measured = {
-        (shape(32, 32, 1024), torch.float16, "sm_90"): None,
-        (shape(512, 512, 64), torch.float16, "sm_90"): tile,
-    }
-    monkeypatch.setattr(conv_table, "MEASURED", measured)
-    assert choose(shape(32, 32, 1024), torch.float16, "sm_90") is None
-    assert choose(shape(512, 512, 64), torch.float16, "sm_90") is tile
-    assert choose(shape(32, 32, 1024), torch.float16, "sm_100") is not None
-    assert choose(shape(512, 512, 64), torch.bfloat16, "sm_90") is None
+    with conv_table.using([row(shape(32, 32, 1024), None), row(shape(512, 512, 64), tile)]):
+        assert choose(shape(32, 32, 1024), torch.float16, "sm_90") is None
+        assert choose(shape(512, 512, 64), torch.bfloat16, "sm_90") is tile
+        assert choose(shape(32, 32, 1024), torch.float16, "sm_100") is not None
+        assert choose(shape(512, 512, 64), torch.float32, "sm_90") is None
+        assert choose(shape(512, 512, 64), torch.float64, "sm_90") is None
+    assert choose(shape(32, 32, 1024), torch.float16, "sm_90") is not None
+
+
+def test_the_table_is_written_as_it_is_read(tmp_path):
+    """A measurement names its device and its day."""
+    rows = [row(shape(32, 32, 1024), None), row(shape(64, 64, 512), conv_table.Tile(128, 64, 64, 4, 3))]
+    (tmp_path / "rows.json").write_text(conv_table.text(rows))
+    assert list(conv_table.read(tmp_path / "rows.json")) == rows
+    assert conv_table.text(conv_table.read()) == conv_table.PATH.read_text(encoding="utf-8")
+    assert all(each.source.startswith("measured on ") for each in conv_table.read())
 
 
 def test_the_switch_goes_before_everything(monkeypatch):
@@ -154,9 +173,9 @@ def test_a_recorded_convolution_of_the_library_keeps_channels_last(options):
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, gx, *images))
 
 
-def test_the_down_convolution_of_d_adds_its_residual(monkeypatch):
+@pytest.mark.usefixtures("_rule")
+def test_the_down_convolution_of_d_adds_its_residual():
     """D's block at FFHQ-1024, forward: no pass of bias_act behind conv1 at 1024², one at 512²."""
-    monkeypatch.setattr(conv_table, "MEASURED", {})
     for channels, size, expected in ((32, 1024, {"conv_gemm": 1, "fir4": 2}), (64, 512, {"forward": 1, "fir4": 2})):
         with torch.device("meta"):
             block = DiscriminatorBlock(
@@ -168,10 +187,10 @@ def test_the_down_convolution_of_d_adds_its_residual(monkeypatch):
         assert Counter(run.kernel.__name__ for run in launches) == expected
 
 
+@pytest.mark.usefixtures("_rule")
 @pytest.mark.parametrize("base", [8192, 16384, 32768])
-def test_a_layer_of_g_on_the_gemm_has_its_next_one_there(base, monkeypatch):
+def test_a_layer_of_g_on_the_gemm_has_its_next_one_there(base):
     """Which takes its style in its prologue: no epilogue of conv1 needs a next style."""
-    monkeypatch.setattr(conv_table, "MEASURED", {})
     half, count = torch.float16, 0
     for resolution in (256, 512, 1024):
         wide, narrow = base // resolution, base // resolution // 2

@@ -263,12 +263,12 @@ def on_meta(n, c, r, cout=None, dtype=torch.float16, memory_format=torch.channel
 def test_which_shapes_it_is_for():
     """Few channels at high resolution, in what tensor cores take, as the rule in `fits` says."""
     fits = FITS
-    assert fits(*on_meta(8, 32, 1024), 3, scaled=True) and fits(*on_meta(8, 64, 512), 3, scaled=True)
-    assert not fits(*on_meta(8, 128, 256), 3, scaled=True)
-    assert not fits(*on_meta(8, 32, 1024, dtype=torch.float32), 3, scaled=True)
-    assert not fits(*on_meta(8, 32, 1024, memory_format=torch.contiguous_format), 3, scaled=True)
-    assert not fits(*on_meta(8, 3, 1024, 32), 1, scaled=False)
-    assert not fits(*on_meta(8, 64, 8), 3, scaled=True) and fits(*on_meta(8, 64, 64), 3, scaled=False)
+    assert fits(*on_meta(8, 32, 1024), 3, 1, scaled=True) and fits(*on_meta(8, 64, 512), 3, 1, scaled=True)
+    assert not fits(*on_meta(8, 128, 256), 3, 1, scaled=True)
+    assert not fits(*on_meta(8, 32, 1024, dtype=torch.float32), 3, 1, scaled=True)
+    assert not fits(*on_meta(8, 32, 1024, memory_format=torch.contiguous_format), 3, 1, scaled=True)
+    assert not fits(*on_meta(8, 3, 1024, 32), 1, 1, scaled=False)
+    assert not fits(*on_meta(8, 64, 8), 3, 1, scaled=True) and fits(*on_meta(8, 64, 64), 3, 1, scaled=False)
 
 
 def test_workspace_is_bounded():

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from hsrgan import kernels
 from hsrgan.engine.errors import UserError
-from hsrgan.kernels import blocks, builds, launch
+from hsrgan.kernels import blocks, builds, conv_table, launch
 from hsrgan.kernels.blocks import Row
+from hsrgan.kernels.conv_table import Shape
 
 pytest.importorskip("triton")
-from hsrgan.tools import kernel_timing, tune_kernels
+from hsrgan.tools import kernel_timing, tune_convolutions, tune_kernels
 
 ROOT = Path(__file__).parents[1]
 RULES = {"rule", "ahead-of-time builds"}
@@ -109,18 +110,18 @@ def test_one_percent_is_noise(slot):
 def test_a_wrong_candidate_is_never_timed(slot, monkeypatch):
     wrong = {"elements": 1024, "num_warps": 4}
 
-    def gate(case, op, device):
+    def gate(truth, op):
         return "off" if dict(blocks.row_for(*slot.key).sizes) == wrong else ""
 
     def seconds(sizes):
         assert sizes != wrong
         return float(sizes["elements"])
 
-    monkeypatch.setattr(kernel_timing, "gate", gate)
+    monkeypatch.setattr(kernel_timing.Truth, "gate", gate)
     new, what = tune_kernels.tune(slot, "cpu", stopwatch(slot, seconds), "")
     assert new is None and "1 refused" in what
     wrong = {"elements": 2048, "num_warps": 4}  # today's own
-    with pytest.raises(UserError, match=r"bias_act.forward, D conv0, float32, forward: off; nothing was written"):
+    with pytest.raises(UserError, match=r"bias_act.forward small, 4 bytes, D conv0, float32, forward: off; nothing"):
         tune_kernels.tune(slot, "cpu", stopwatch(slot, seconds), "")
 
 
@@ -136,7 +137,81 @@ def test_new_rows_come_first_and_replace_their_like():
     assert tune_kernels.merged(old, [row(3), row(4, chip="sm_80")]) == [row(3), row(4, chip="sm_80"), row(2, chip="*")]
 
 
+# ---- convolutions
+
+
+def test_layers_ask_for_their_convolutions_once():
+    with conv_table.using((), alone=True):
+        found = {slot.key[0]: slot for slot in tune_convolutions.slots("sm_90", [(32, 1024)])}
+    forms = {(s.form, s.inputs, s.outputs, s.fused): slot.today.run for s, slot in found.items()}
+    assert {s.resolution for s in found} == {512, 1024}  # D's skip comes after its downsampling
+    assert {slot.key[1:] for slot in found.values()} == {("half", "sm_90")}
+    assert forms["3x3", 32, 32, True] == "gemm" and forms["3x3", 32, 32, False] == "library"
+    assert forms["3x3 up", 64, 32, True] == "gemm" and forms["3x3 down dw", 32, 64, False] == "gemm"
+    assert found[Shape("3x3", 32, 32, 1024, True)].today.tile == conv_table.Tile(128, 32, 32, 4, 4)
+
+
+def test_each_implementation_and_tile_is_a_candidate_once():
+    today = conv_table.Row(Shape("3x3", 32, 32, 1024, True), "half", "sm_90", "library", None, "")
+    found = tune_convolutions.candidates(today, "measured on a toy")
+    tiles = [row.tile for row in found[1:]]
+    assert found[0] == today._replace(source="measured on a toy") and all(row.run == "gemm" for row in found[1:])
+    assert len(set(tiles)) == len(tiles) == 5 and set(conv_table.tiles("half", "sm_90")) < set(tiles)
+    dw = today._replace(shape=Shape("3x3 dw", 32, 32, 1024, True))
+    assert [(row.run, row.tile) for row in tune_convolutions.candidates(dw, "")] == [("library", None), ("gemm", None)]
+
+
+@pytest.mark.parametrize("faster", ["gemm", "library"])
+def test_the_faster_convolution_is_written(faster):
+    """Of the smallest layer there is, interpreted; what is timed is what the table says."""
+    with kernels.use_backend("triton"):
+        slots = tune_convolutions.slots("", [(4, 8)])
+        slot = next(slot for slot in slots if slot.key[0] == Shape("3x3", 4, 4, 8, False))
+
+        def watch(run):
+            run()
+            row = conv_table.measured(slot.key[0], torch.float16, "")
+            return {"p50": 1.0 if row.run == faster else 2.0}
+
+        new, what = tune_convolutions.tune(slot, "cpu", watch, "measured on a toy")
+    if faster == slot.today.run:
+        assert new is None and "nothing is faster" in what
+    else:
+        assert (new.shape, new.run, new.source) == (slot.key[0], faster, "measured on a toy") and faster in what
+
+
+def test_new_convolutions_replace_their_like():
+    a = conv_table.Row(Shape("3x3", 32, 32, 1024, True), "half", "sm_90", "library", None, "old")
+    b, c = a._replace(chip="sm_80"), a._replace(run="gemm", tile=conv_table.Tile(128, 32, 32, 4, 4), source="new")
+    assert tune_convolutions.merged([a, b], [c]) == [c, b]
+
+
 # ---- the command line
+
+
+def test_ctrl_c_writes_what_was_found(table, monkeypatch):
+    """One row of each table; the third slot is interrupted."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    of_conv = conv_table.Row(Shape("3x3", 32, 32, 1024, True), "half", "sm_90", "library", None, "measured on a toy")
+
+    def interrupted(slot, *_):
+        if slot == "second":
+            raise KeyboardInterrupt
+        return of_conv, "faster"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy")
+    monkeypatch.setattr(launch, "chip", lambda x: "sm_90")
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    monkeypatch.setattr(kernel_timing, "Stopwatch", lambda: None)
+    monkeypatch.setattr(tune_kernels, "slots", lambda probes, chip: ["only"])
+    monkeypatch.setattr(tune_kernels, "tune", lambda *_: (row(7, source="measured on a toy"), "faster"))
+    monkeypatch.setattr(tune_convolutions, "slots", lambda chip: ["first", "second"])
+    monkeypatch.setattr(tune_convolutions, "tune", interrupted)
+    done = CliRunner().invoke(tune_kernels.app, ["--table", str(table)])
+    assert done.exit_code == 130, done.output
+    assert blocks.read(table)[0] == row(7, source="measured on a toy") and len(blocks.read(table)) > 1
+    assert conv_table.read(table.with_name("convolutions.json")) == (of_conv,)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@
 
 Rivals: eager PyTorch (the definition of the op), torch.compile of it, NVIDIA's CUDA ops out of a checkout of stylegan3.
 All of a run is checked against the definition in fp64 before the first stopwatch starts: if anything is wrong, nothing
-is timed and the exit code is 1. Rows go to benchmarks/kernels_<device>.csv and .json, with a roofline plot.
+is timed and the exit code is 2. Rows go to benchmarks/kernels_<device>.csv and .json, with a roofline plot. The largest
+layers come first, and Ctrl-C keeps what has been timed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,8 +43,8 @@ from hsrgan.tools.kernel_timing import MODES, Case, LibraryCall, Providers
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 OUT = Path(__file__).parents[1] / "benchmarks"
 KEYS = (
-    "op", "provider", "shape", "dtype", "mode", "p20", "p50", "p80", "gb_s", "tflop_s", "roof_share", "peak_memory",
-    "bytes", "flops", "floor", "device", "versions", "date",
+    "op", "provider", "shape", "dtype", "mode", "p20", "p50", "p80", "graph", "gb_s", "tflop_s", "roof_share",
+    "peak_memory", "bytes", "flops", "floor", "device", "versions", "date",
 )  # fmt: skip
 
 
@@ -86,10 +88,11 @@ def check_all(cases: list[Case], providers: Providers, device: str) -> list[str]
     """What is wrong with any provider in any case: empty before anything may be timed."""
     wrong = []
     for case in track(cases, "checking", console=Console(stderr=True), transient=True):
+        truth = kernel_timing.Truth(case, device)
         for name, provider in providers.items():
             op = provider(case.call) if kernel_timing.possible(name, case) else None
             with kernel_timing.implementation(name):
-                complaint = "" if op is None else kernel_timing.gate(case, op, device)
+                complaint = "" if op is None else truth.gate(op)
             if complaint:
                 wrong.append(f"{name} {case.call.op}, {case.name}: {complaint}")
     return wrong
@@ -99,29 +102,24 @@ def bench(
     cases: list[Case],
     providers: Providers,
     device: str,
-    stopwatch: Callable[[Callable[[], Any]], dict[str, float]],
-    roofs: Callable[[], dict[str, float]],
+    stopwatch: Callable[[Callable[[], Any]], dict[str, Any]],
+    roofs: dict[str, float],
     peak: Callable[[Callable[[], Any]], int] = kernel_timing.peak_memory,
-) -> list[dict]:
-    """A row a case and provider; UserError, and nothing timed, if any of them is wrong."""
-    wrong = check_all(cases, providers, device)
-    if wrong:
-        raise UserError(f"{len(wrong)} results are wrong, so nothing was timed; the first: {wrong[0]}")
-    best, rows = roofs(), []
+) -> Iterator[dict]:
+    """A row a case and provider, after all have been checked; roofs: of `kernel_timing.roofs`."""
     for case in track(cases, "timing", console=Console(stderr=True), transient=True):
         for name, provider in providers.items():
             op = provider(case.call) if kernel_timing.possible(name, case) else None
             if op is None:
                 continue
             moved = kernel_timing.bytes_of(case)
-            floor = max(moved / best["copy"], case.flops / best[str(case.dtype).removeprefix("torch.")])
+            floor = max(moved / roofs["copy"], case.flops / roofs[str(case.dtype).removeprefix("torch.")])
             with kernel_timing.implementation(name):
                 run = kernel_timing.prepare(case, op, case.call.make(case.dtype, device))
                 used, times = peak(run), stopwatch(run)
-            rows.append(row(case, name, moved, floor, torch.cuda.get_device_name() if device == "cuda" else device)
-                        | times | {"gb_s": moved / times["p50"] / 1e9, "tflop_s": case.flops / times["p50"] / 1e12,
-                                   "roof_share": floor / times["p50"], "peak_memory": used})  # fmt: skip
-    return rows
+            yield (row(case, name, moved, floor, torch.cuda.get_device_name() if device == "cuda" else device)
+                   | times | {"gb_s": moved / times["p50"] / 1e9, "tflop_s": case.flops / times["p50"] / 1e12,
+                              "roof_share": floor / times["p50"], "peak_memory": used})  # fmt: skip
 
 
 def row(case: Case, provider: str, moved: int, floor: float, device: str) -> dict:
@@ -159,8 +157,8 @@ def model(cases: list[Case], gpu: Gpu, jobs: int = 0) -> list[dict]:
     built = iter(builds.build_each([x for *_, some, _ in work for x in some], [gpu.target], jobs).values())
     rows = []
     for case, provider, some, calls in work:
-        moved, half = kernel_timing.bytes_of(case), case.dtype.itemsize == 2
-        floor = builds.floor_seconds(moved, case.flops, gpu, matrix=half)
+        moved, kind = kernel_timing.bytes_of(case), launch.kind_of(case.dtype)
+        floor = builds.floor_seconds(moved, case.flops, gpu, kind)
         parts = [(builds.bytes_moved(each), kernel_timing.flops_of(each)) for each in some] + calls
         compiled = [next(built) for _ in some]
         found = [
@@ -168,7 +166,7 @@ def model(cases: list[Case], gpu: Gpu, jobs: int = 0) -> list[dict]:
              "occupancy": 0.0 if b.error else builds.occupancy(b, gpu).share}
             for b in compiled
         ]  # fmt: skip
-        found_floors = sum(builds.floor_seconds(*part, gpu, matrix=half) for part in parts)
+        found_floors = sum(builds.floor_seconds(*part, gpu, kind) for part in parts)
         rows.append(row(case, provider, moved, floor, f"{gpu.name} (data sheet)") | {
             "kernels": found, "library_calls": len(calls), "floors": found_floors,
         })  # fmt: skip
@@ -269,6 +267,7 @@ def main(
     modes: Annotated[str, typer.Option("--mode", help="By commas.")] = ",".join(MODES),
     batch: Annotated[int, typer.Option(min=1, help="Images, for --model's layers.")] = 8,
     stylegan3: Annotated[Path | None, typer.Option(help="A checkout whose CUDA ops become a rival.")] = None,
+    providers: Annotated[str, typer.Option("--provider", help="Only these of ours and the rivals, by commas.")] = "",
     tf32: Annotated[bool, typer.Option("--tf32", help="fp32 products on tensor cores, everybody's.")] = False,
     gpu: Annotated[str, typer.Option(help=f"Of the static model: {', '.join(GPUS)}.")] = "H200",
     jobs: Annotated[int, typer.Option(min=0, help="Processes that compile for the static model; 0: one a core.")] = 0,
@@ -300,24 +299,31 @@ def main(
             raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
         rows = model(cases, GPUS[gpu], jobs)
         if out is not None:
-            sheet = {"copy": GPUS[gpu].bandwidth} | {
-                name: GPUS[gpu].matrix if DTYPES[name].itemsize == 2 else GPUS[gpu].vector for name in DTYPES
-            }
-            write(rows, out, sheet)
+            rates = {name: GPUS[gpu].rate(launch.kind_of(dtype)) for name, dtype in DTYPES.items()}
+            write(rows, out, {"copy": GPUS[gpu].bandwidth} | rates)
         print_model(rows, GPUS[gpu], console)
         return
-    rivals = kernel_timing.providers(stylegan3)
-    stopwatch = kernel_timing.Stopwatch()
-    best: dict[str, float] = {}
-
-    def measured() -> dict[str, float]:
-        best.update(kernel_timing.roofs(stopwatch, types))
-        return best
-
-    rows = bench(cases, rivals, "cuda", stopwatch, measured)
-    device = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
-    write(rows, out or OUT / f"kernels_{device}", best)
-    print_timed(rows, best, console)
+    who = kernel_timing.providers(stylegan3)
+    who = {name: who[name] for name in chosen(providers, who, "provider")} if providers else who
+    cases.sort(key=lambda case: -math.prod(case.call.sizes["x"]))
+    stopwatch, rows = kernel_timing.Stopwatch(), []
+    wrong = check_all(cases, who, "cuda")
+    if wrong:
+        raise UserError(f"{len(wrong)} results are wrong, so nothing was timed; the first: {wrong[0]}")
+    roofs = kernel_timing.roofs(stopwatch, types)
+    stopped = False
+    try:
+        for each in bench(cases, who, "cuda", stopwatch, roofs):
+            rows.append(each)
+    except KeyboardInterrupt:
+        stopped = True
+    if rows:
+        device = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
+        write(rows, out or OUT / f"kernels_{device}", roofs)
+        print_timed(rows, roofs, console)
+    if stopped:
+        console.print(f"stopped: {len(rows)} rows timed, of {len(cases)} cases")
+        raise typer.Exit(130)
 
 
 if __name__ == "__main__":

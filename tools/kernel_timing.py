@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hsrgan import kernels
+from hsrgan.engine.errors import UserError
 from hsrgan.kernels import launch
 from hsrgan.kernels.conv_table import IMPLEMENTATIONS, use_convolution
 from hsrgan.tools.kernel_shapes import Call
@@ -119,34 +120,47 @@ def _outputs(call: Call, tensors: dict[str, Tensor]) -> int:
     return sum(y.nbytes for y in call.function(getattr(kernels, f"{call.op}_torch"))(**tensors))
 
 
-def gate(case: Case, op: Op, device: str) -> str:
-    """ "" if op's results in this mode are as near the truth as they must be; else what is wrong.
+class Truth:
+    """What a case's results must be, computed once for all who are held to it.
 
     The truth is the definition in fp64 (fp32 where that would not fit) on the same rounded inputs. Allowed, in norm:
     twice the definition's own error in the dtype.
     """
-    torch.manual_seed(0)
-    tensors = case.call.make(case.dtype, device)
-    definition = getattr(kernels, f"{case.call.op}_torch")
-    precise = torch.float64 if max(t.numel() for t in tensors.values()) <= PRECISE else torch.float32
-    exact = {n: t.detach().to(precise).requires_grad_(t.requires_grad) for n, t in tensors.items()}
-    same = {n: t.detach().to(case.dtype).requires_grad_(t.requires_grad) for n, t in tensors.items()}
-    truth = [t.detach() for t in prepare(case, definition, exact)()]
-    own = [t.detach() for t in prepare(case, definition, same if _needs_one_dtype(case.call) else tensors)()]
-    try:
-        found = [t.detach() for t in prepare(case, op, tensors)()]
-    except Exception as error:  # a provider that fails is not timed either, and the reason is the user's to read
-        return f"raises {type(error).__name__}: {error}"
-    if len(found) != len(truth):
-        return f"gives {len(found)} results in place of {len(truth)}"
-    for i, (ours, theirs, expected) in enumerate(zip(found, own, truth, strict=True)):
-        if ours.shape != expected.shape:
-            return f"result {i} has shape {list(ours.shape)}, not {list(expected.shape)}"
-        norm = max(float(expected.norm()), 1e-30)
-        error, allowed = (float((t.to(precise) - expected).norm()) / norm for t in (ours, theirs))
-        if not error <= 2 * allowed + FREE:
-            return f"result {i} is off by {error:.1e} (relative); twice the definition's own error is {2 * allowed:.1e}"
-    return ""
+
+    def __init__(self, case: Case, device: str) -> None:
+        torch.manual_seed(0)
+        self.case, self.tensors = case, case.call.make(case.dtype, device)
+        definition = getattr(kernels, f"{case.call.op}_torch")
+        largest = max(t.numel() for t in self.tensors.values())
+        self.precise = torch.float64 if largest <= PRECISE else torch.float32
+        exact, same = self._cast(self.precise), self._cast(case.dtype)
+        self.expected = [t.detach() for t in prepare(case, definition, exact)()]
+        own = prepare(case, definition, same if _needs_one_dtype(case.call) else self.tensors)()
+        self.allowed = [2 * self.error(t, i) for i, t in enumerate(own)]
+
+    def _cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.tensors.items()}
+
+    def error(self, found: Tensor, i: int) -> float:
+        """Of result i, relative, in norm."""
+        expected = self.expected[i]
+        return float((found.detach().to(self.precise) - expected).norm()) / max(float(expected.norm()), 1e-30)
+
+    def gate(self, op: Op) -> str:
+        """"" if op's results in this mode are as near the truth as they must be; else what is wrong."""
+        try:
+            found = prepare(self.case, op, self.tensors)()
+        except Exception as error:  # a provider that fails is not timed either, and the reason is the user's to read
+            return f"raises {type(error).__name__}: {error}"
+        if len(found) != len(self.expected):
+            return f"gives {len(found)} results in place of {len(self.expected)}"
+        for i, (ours, expected, allowed) in enumerate(zip(found, self.expected, self.allowed, strict=True)):
+            if ours.shape != expected.shape:
+                return f"result {i} has shape {list(ours.shape)}, not {list(expected.shape)}"
+            error = self.error(ours, i)
+            if not error <= allowed + FREE:
+                return f"result {i} is off by {error:.1e} (relative); twice the definition's own error is {allowed:.1e}"
+        return ""
 
 
 def _needs_one_dtype(call: Call) -> bool:
@@ -181,10 +195,45 @@ def flops_of(each: launch.Launch) -> float:
     return 2 * y.numel() * x.shape[1] * each.constants["K"] ** 2 / (4 if each.constants.get("TRANSPOSED") else 1)
 
 
-class Stopwatch:
-    """Seconds of a function on the GPU by events, the L2 flushed before each run."""
+GAIN = 0.98  # of the time of today, at most, to be written into a table
 
-    def __init__(self, device: str = "cuda", seconds: float = 0.3, least: int = 20) -> None:
+
+def fastest(
+    case: Case, candidates: list[Any], using: Callable[[Any], contextlib.AbstractContextManager], device: str,
+    stopwatch: Callable[[Callable[[], Any]], dict[str, Any]], unit: str,
+) -> tuple[Any, str]:  # fmt: skip
+    """(the candidate to write into a table, or None if the first, today's, is as good; what happened, in words).
+
+    using(candidate): a block in which the op of the case takes it. What is wrong is not timed; UserError if today's is.
+    """
+    truth, op = Truth(case, device), getattr(kernels, case.call.op)
+    times: list[tuple[float, int]] = []
+    for i, candidate in enumerate(candidates):
+        with using(candidate):
+            complaint = truth.gate(op)
+            if complaint and i == 0:
+                raise UserError(f"{unit}, {case.name}: {complaint}; nothing was written")
+            if not complaint:
+                run = prepare(case, op, case.call.make(case.dtype, device))
+                times.append((stopwatch(run)["p50"], i))
+    (today, _), (best, i) = times[0], min(times)
+    refused = len(candidates) - len(times)
+    what = f"{unit}: {today * 1e6:.1f} µs, {len(times)} candidates timed" + (f", {refused} refused" if refused else "")
+    if best > GAIN * today:
+        return None, f"{what}: nothing is faster"
+    return candidates[i], f"{what}: {best * 1e6:.1f} µs"
+
+
+class Stopwatch:
+    """Seconds of a function on the GPU by events, the L2 flushed before each run; replayed as a CUDA graph, as training
+    does it, so that a small layer's time is the GPU's and not the host's.
+
+    From its making on this thread works on a stream of its own: graphs cannot be recorded on the default one, and a
+    gradient runs where its forward pass ran.
+    """
+
+    def __init__(self, device: str = "cuda", seconds: float = 0.1, least: int = 20) -> None:
+        torch.cuda.set_stream(torch.cuda.Stream(device))
         properties = torch.cuda.get_device_properties(device)
         self.flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.uint8, device=device)
         self.seconds, self.least = seconds, least
@@ -198,14 +247,32 @@ class Stopwatch:
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-    def __call__(self, run: Callable[[], Any]) -> dict[str, float]:
-        """p20, p50 and p80 in seconds; three runs warm up."""
+    def __call__(self, run: Callable[[], Any]) -> dict[str, Any]:
+        """p20, p50 and p80 in seconds after three runs to warm up; graph: False where it could not be recorded."""
         for _ in range(3):
-            about = self.once(run)
+            self.once(run)
+        graph = recorded(run)
+        work = run if graph is None else graph.replay
+        about = self.once(work)
         count = max(self.least, min(1000, int(self.seconds / max(about, 1e-6))))
-        times = [self.once(run) for _ in range(count)]
+        times = [self.once(work) for _ in range(count)]
         tenths = statistics.quantiles(times, n=10, method="inclusive")
-        return {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7]}
+        return {"p20": tenths[1], "p50": tenths[4], "p80": tenths[7], "graph": graph is not None}
+
+
+def recorded(run: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
+    """run() as a graph on the current stream; None where CUDA or a library refuses."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    try:
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    except RuntimeError:
+        return None
+    return graph
 
 
 def peak_memory(run: Callable[[], Any]) -> int:
@@ -232,12 +299,10 @@ def roofs(stopwatch: Callable[[Callable[[], Any]], dict[str, float]], dtypes: li
 def providers(stylegan3: Path | None) -> dict[str, Callable[[Call], Op | None]]:
     """Ours (a convolution by each implementation besides), PyTorch's eager and compiled definitions and, where a
     checkout is named, NVIDIA's own CUDA ops."""
-    compiled: dict[str, Op] = {}
 
     def of_compiled(call: Call) -> Op:
-        if call.op not in compiled:
-            compiled[call.op] = torch.compile(getattr(kernels, f"{call.op}_torch"), dynamic=False)
-        return compiled[call.op]
+        torch._dynamo.reset()  # it compiles a function for eight shapes, and for the ninth is eager without a word
+        return torch.compile(getattr(kernels, f"{call.op}_torch"), dynamic=False)
 
     found: dict[str, Callable[[Call], Op | None]] = {
         "hsrgan": lambda call: getattr(kernels, call.op),

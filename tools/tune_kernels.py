@@ -1,12 +1,14 @@
 """Measure the block sizes of every kernel on this GPU and write what is faster into kernels/blocks.json.
 
     python tools/tune_kernels.py                        # about ten minutes; then commit the table
-    python tools/tune_kernels.py --kernel to_rgb.project,bias_act.sums
+    python tools/tune_kernels.py --kernel to_rgb.project,bias_act.sums,convolution
     python tools/tune_kernels.py --check                # no GPU needed: every row, compiled for its chips
 
 A kernel is timed within the op that launches it, once for each class of shapes and size of value, with the sizes of
-today and with each of them halved and doubled, one at a time. What is not as near the truth as tools/bench_kernels.py
-asks is not timed. A row is written where another candidate takes at least 2 % less time than the sizes of today.
+today and with each of them halved and doubled, one at a time; a convolution of few channels by the library and by the
+GEMM in each of its tiles (tune_convolutions.py; kernels/convolutions.json). What is not as near the truth as
+tools/bench_kernels.py asks is not timed. A row is written where another candidate takes at least 2 % less time than
+today's; Ctrl-C keeps what has been found.
 
 --check exits with 1 if a row spills, needs more shared memory than its chip has, does not compile or is never used.
 """
@@ -32,16 +34,16 @@ from hsrgan import kernels
 from hsrgan.engine.aside import written_aside
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError
-from hsrgan.kernels import blocks, builds, launch
+from hsrgan.kernels import blocks, builds, conv_table, launch
 from hsrgan.kernels.blocks import Row
-from hsrgan.tools import kernel_shapes, kernel_timing
+from hsrgan.tools import kernel_shapes, kernel_timing, tune_convolutions
 from hsrgan.tools.kernel_shapes import Call
 from hsrgan.tools.kernel_timing import Case
 
-GAIN = 0.98  # of the time of today, at most, to be written
 BATCH = 8
 # Channels and resolution: every class of shapes (blocks.sizes, feature_match_triton.product_blocks) has a layer here.
 PLACES = ((64, 512), (512, 64), (256, 64), (64, 64), (520, 64), (512, 8))
+CONVOLUTION = "convolution"  # beside the kernels' names
 DTYPES = {2: torch.float16, 4: torch.float32}
 
 
@@ -151,25 +153,15 @@ def tune(
     """(the row to write, or None if today's sizes are as good; what happened, in words)."""
     today = blocks.row_for(*slot.key)
     exact = replace(today, shape=slot.shape, bytes=(slot.bytes,), chip=slot.chip, source=source)
-    times: dict[Row, float] = {}
-    op, refused = getattr(kernels, slot.case.call.op), 0
-    for row in candidates(exact):
-        with tf32(slot.tf32), blocks.using([row]):
-            complaint = kernel_timing.gate(slot.case, op, device)
-            if complaint and row == exact:
-                raise UserError(f"{slot.kernel}, {slot.case.name}: {complaint}; nothing was written")
-            if complaint:
-                refused += 1
-                continue
-            run = kernel_timing.prepare(slot.case, op, slot.case.call.make(slot.case.dtype, device))
-            times[row] = stopwatch(run)["p50"]
-    best = min(times, key=times.__getitem__)
-    what = f"{slot.kernel} {slot.shape}, {slot.bytes} bytes: {times[exact] * 1e6:.1f} µs"
-    what += f", {len(times)} candidates timed" + (f", {refused} refused" if refused else "")
-    if times[best] > GAIN * times[exact]:
-        return None, f"{what}: nothing is faster"
+    with tf32(slot.tf32):
+        unit = f"{slot.kernel} {slot.shape}, {slot.bytes} bytes"
+        best, what = kernel_timing.fastest(
+            slot.case, candidates(exact), lambda row: blocks.using([row]), device, stopwatch, unit
+        )
+    if best is None:
+        return None, what
     changed = ", ".join(f"{n} {v}" for n, v in best.sizes if dict(exact.sizes)[n] != v)
-    return best, f"{what}: {times[best] * 1e6:.1f} µs with {changed}"
+    return best, f"{what} with {changed}"
 
 
 def merged(rows: Iterable[Row], new: Iterable[Row]) -> list[Row]:
@@ -228,7 +220,7 @@ def main(
 
       python tools/tune_kernels.py --check --target sm_90
     """
-    known = [probe.kernel for probe in PROBES]
+    known = [*(probe.kernel for probe in PROBES), CONVOLUTION]
     wanted = [each.strip() for each in kernel.split(",") if each.strip()] or known
     for each in wanted:
         if each not in known:
@@ -252,22 +244,40 @@ def main(
                 typer.echo(line)
             typer.echo(f"{len(rows)} rows, {count} builds, {len(wrong)} problems")
             raise typer.Exit(1 if wrong else 0)
-        measured(rows, probes, table)
+        measured(rows, probes, table, CONVOLUTION in wanted)
 
 
-def measured(rows: tuple[Row, ...], probes: list[Probe], table: Path) -> None:
+def measured(rows: tuple[Row, ...], probes: list[Probe], table: Path, convolutions: bool) -> None:
+    """Ctrl-C writes what has been found by then."""
     device, triton = torch.cuda.get_device_name(), importlib.metadata.version("triton")
     source = f"measured on {device}, {date.today().isoformat()}, triton {triton}"
-    console, stopwatch, new = Console(stderr=True), kernel_timing.Stopwatch(), []
+    console, stopwatch, new, new_convolutions = Console(stderr=True), kernel_timing.Stopwatch(), [], []
     chip = launch.chip(torch.empty(0, device="cuda"))
-    for slot in track(slots(probes, chip), "timing", console=console):
-        row, what = tune(slot, "cuda", stopwatch, source)
-        console.print(what)
-        new += [] if row is None else [row]
+    work = [(slot, tune, new) for slot in slots(probes, chip)]
+    if convolutions:
+        work += [(slot, tune_convolutions.tune, new_convolutions) for slot in tune_convolutions.slots(chip)]
+    stopped = False
+    try:
+        for slot, tuned, found in track(work, "timing", console=console):
+            row, what = tuned(slot, "cuda", stopwatch, source)
+            console.print(what)
+            found += [] if row is None else [row]
+    except KeyboardInterrupt:
+        stopped = True
+    beside = table.with_name(conv_table.PATH.name)
     if new:
-        with written_aside(table) as aside:
-            aside.write_text(blocks.text(merged(rows, new)), encoding="utf-8")
-    typer.echo(f"{len(new)} rows of {table} are new for {chip} ({device})")
+        _write(table, blocks.text(merged(rows, new)))
+    if new_convolutions:
+        old = conv_table.read(beside) if beside.exists() else ()
+        _write(beside, conv_table.text(tune_convolutions.merged(old, new_convolutions)))
+    typer.echo(f"{len(new)} rows of {table} and {len(new_convolutions)} of {beside} are new for {chip} ({device})")
+    if stopped:
+        raise typer.Exit(130)
+
+
+def _write(path: Path, text: str) -> None:
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
