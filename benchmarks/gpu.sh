@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Everything that a GPU must show, and all that is measured on one. Run it on every new kind of GPU, then commit what it
+# changed: kernels/blocks.json, kernels/convolutions.json, benchmarks/*.
+#
+#     benchmarks/gpu.sh                        # all five stages: on 16 cores and one H200 reckon with an hour
+#     benchmarks/gpu.sh builds tests           # some of them
+#     SECONDS_EACH=540 STYLEGAN3=../stylegan3 OUT=/tmp/rows benchmarks/gpu.sh kernels
+#
+# builds   compiles every kernel on all cores, which fills Triton's cache for the stages behind it
+# tests    every test of a kernel, on the GPU in place of the interpreter
+# tune     block sizes and convolutions, into the two tables
+# kernels  every op beside eager PyTorch and NVIDIA's at the layers of shapes.yaml, then beside torch.compile (minutes)
+# steps    whole training steps, as published, with tf32 and in half precision throughout
+#
+# SECONDS_EACH: a stage gets SIGINT after so long, and keeps what it has. OUT: where rows go. A stage that fails does not
+# stop the others; the exit code is the number of those that did.
+set -uo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export TRITON_INTERPRET=0 PYTHONUNBUFFERED=1
+python="${PYTHON:-python}" limit="${SECONDS_EACH:-86400}" out="${OUT:-benchmarks}"
+rival=(${STYLEGAN3:+--stylegan3 "$STYLEGAN3"})
+run() { timeout -s INT -k 30 "$limit" "$@"; }
+
+builds() { run "$python" tools/kernel_builds.py --target "$target" --dtype float16; }
+tests() { run "$python" -m pytest tests -n "$(nproc)" -q -x --maxfail=20 -k "triton or backends"; }
+tune() { run "$python" tools/tune_kernels.py; }
+kernels() {
+    local bench=(tools/bench_kernels.py --shapes benchmarks/shapes.yaml) ours=hsrgan,library,gemm,eager
+    run "$python" "${bench[@]}" --provider "$ours${rival:+,nvidia}" --out "$out/kernels_$name" "${rival[@]}" &&
+        run "$python" "${bench[@]}" --provider hsrgan,compiled --mode forward,backward --out "$out/compiled_$name" \
+            --op bias_act,upfirdn2d,fir_bias_act,bias_act_fir,to_rgb,feature_match
+}
+steps() {
+    local failed=0 precision
+    for precision in "" "--tf32" "--num-fp16-res 9"; do
+        for model in ffhq1024 ffhq256; do
+            run "$python" tools/bench_train.py --model $model $precision --turns 5 "${rival[@]}" \
+                --out "$out/train_${name}_$model${precision// /}" || failed=1
+        done
+    done
+    return $failed
+}
+
+read -r name target < <("$python" - <<'EOF'
+import sys
+import torch
+if not torch.cuda.is_available():
+    sys.exit(1)
+from hsrgan.kernels import launch
+from hsrgan.kernels.builds import TARGETS
+x = torch.empty(0, device="cuda")
+chip = launch.chip(x)
+print(torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_"), chip if chip in TARGETS else "sm_90")
+EOF
+) || { echo "no GPU here: nothing was run" >&2; exit 1; }
+
+failed=0
+for stage in "${@:-builds tests tune kernels steps}"; do
+    for each in $stage; do
+        echo "==> $each on $name"
+        "$each" || { echo "==> $each: exit code $?" >&2; failed=$((failed + 1)); }
+    done
+done
+exit "$failed"
