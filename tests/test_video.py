@@ -88,8 +88,8 @@ def test_a_grid_deals_out_its_keys_and_an_open_end_ends_at_the_last(snapshot, ge
         assert apart(film[frame], shown(generator, ws_of_seeds(generator, seeds), noise)) < CODEC_ERROR
     assert apart(film[0], film[-1]) > 3 * CODEC_ERROR
     assert call(snapshot, "--seeds", "0-3", "--grid", "1x2", "--seconds-per-key", 0.1, "--fps", 10,
-                "--out", tmp_path / "tall.mp4").exit_code == 0  # fmt: skip
-    with av.open(str(tmp_path / "tall.mp4")) as container:
+                "--out", tmp_path / "made" / "tall.mp4").exit_code == 0  # fmt: skip
+    with av.open(str(tmp_path / "made" / "tall.mp4")) as container:
         assert (container.streams.video[0].width, container.streams.video[0].height) == (64, 128)
 
 
@@ -170,7 +170,7 @@ def test_mistakes_are_one_line(snapshot, directions, tmp_path, monkeypatch):
         return result.stderr
 
     assert "let its name end in .mp4" in say(snapshot, out="v.avi")
-    assert "there is no folder" in say(snapshot, out="no/v.mp4")
+    assert "nothing moves" in say(snapshot, "--seeds", "0", out="made/v.mp4")
     assert "--grid 3: write it like 3x2" in say(snapshot, "--grid", "3")
     assert "--grid 0x2: write it" in say(snapshot, "--grid", "0x2")
     uneven = say(snapshot, "--seeds", "0-6", "--grid", "3x1")

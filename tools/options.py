@@ -12,13 +12,15 @@ import typer
 from torch import Tensor
 from typer.models import OptionInfo
 
-from hsrgan.engine.aside import check_writable
+from hsrgan.engine.aside import check_writable, writable
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.labels import multi_hot, parse_label
 from hsrgan.engine.latents import Latents, load_latents
 from hsrgan.engine.model import Generator
 from hsrgan.engine.sampler import Noise, parse_seeds, ws_of_seeds
 from hsrgan.engine.snapshot import read_metadata
+
+REMEDY = "name another --out"
 
 SnapshotFile = Annotated[Path, typer.Argument(help="A .safetensors file from a run's snapshots folder.")]
 Psi = Annotated[float, typer.Option(help="Truncation: 1 = none, 0 = the average picture.")]
@@ -107,12 +109,16 @@ def seeds_option(default: str) -> OptionInfo:
 
 def check_file(out: Path) -> None:
     """A UserError where no file `out` could be written, before hours of work."""
-    if not os.path.isdir(out.parent):
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
     if os.path.isdir(out):
         raise UserError(f"--out {out}: {out} is a folder; name another file")
     spare_snapshot(out)
-    check_writable(out.parent, "name another --out")
+    check_writable(out.parent, REMEDY, make=False)
+
+
+def make_folder(out: Path) -> None:
+    """That of a file which is now written, and not before: what is refused leaves no folder."""
+    with writable(out.parent, REMEDY):
+        out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def check_model_file(out: Path) -> None:

@@ -89,7 +89,7 @@ def main(
     noise: options.NoiseMode = Noise.const,
     edit: options.Edit = None,
     directions: options.DirectionsFiles = None,
-    out: Annotated[Path, typer.Option(help="The .mp4 to write.")] = Path("video.mp4"),
+    out: Annotated[Path, typer.Option(help="The .mp4 to write; its folder is made if absent.")] = Path("video.mp4"),
     batch: options.Batch = BATCH,
 ) -> None:  # fmt: skip
     """Make a video that moves through W: seeds are its key frames, a cubic spline leads from one to the next.
@@ -140,6 +140,7 @@ def main(
         rows_of_noise = None if held is None else (lambda at: held[[i % cells for i in at]])
         pictures = film.pictures(generator, columns, noise_mode=noise.value, noise=rows_of_noise, batch=batch)
         bars("frames", 0, count)
+        options.make_folder(out)
         with mp4(out, fps) as video:
             for done, picture in enumerate(pictures, 1):
                 video.add(picture)
