@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from rich.table import Table
 from torch import nn
 
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
+from hsrgan.engine.aside import check_writable
 from hsrgan.engine.config import Recipe, check_paths, check_same_networks
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
@@ -265,6 +267,7 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
         with before_meeting(world.rank, world.size):
             check_paths(recipe, data=False)
             manifest, where = stack.enter_context(dataset(recipe))
+            check_writable(Path(recipe.run_dir), make=False)
         if manifest is None:
             console.print(f"data: {where}")  # now, and not after the steps: it may be a slip of the pen
         distributed.start(world, recipe.faults.rendezvous_timeout)

@@ -106,6 +106,7 @@ def test_data_that_is_not_there_is_noise_or_one_line(workspace):
         ("new", ["data.builtin=null", "data.shards=datasets/digits-16x16x1", "data.labels=false", "data.channels=3"],
          "set data.channels=1"),
         ("new", ["data.builtin=null", "data.shards=recipe.yaml", "data.labels=false"], "recipe.yaml"),
+        ("recipe.yaml/new", [], "cannot write recipe.yaml/new: Not a directory; choose another with run_dir="),
         ("new", ["metrics={names: fid50k_full}"], "import_weights.py inception"),
         ("new", ["metrics={names: fid50k_full, features: gone.safetensors}"], "gone.safetensors does not exist"),
         ("new", ["metrics={names: als20, attributes: gone}"], "metrics.attributes: gone does not exist"),
@@ -115,7 +116,8 @@ def test_data_that_is_not_there_is_noise_or_one_line(workspace):
         ("new", ["metrics={names: als20, attributes: gone}", *NO_DATA], "metrics.attributes: gone does not exist"),
     ],
     ids=["freeze of nothing trained", "init_from that is not there", "a checkpoint of other networks",
-         "a checkpoint without the average", "data of other channels", "data that are none", "weights",
+         "a checkpoint without the average", "data of other channels", "data that are none",
+         "a run_dir that cannot be", "weights",
          "features", "attributes", "attributes that are none",
          "too few images", "weights, and no data", "attributes, and no data"],
 )  # fmt: skip

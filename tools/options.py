@@ -116,7 +116,7 @@ def check_file(out: Path) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """That of a file which is now written, and not before: what is refused leaves no folder."""
+    """Make the folder of a file that is about to be written, and not before: what is refused leaves none."""
     with writable(out.parent, REMEDY):
         out.parent.mkdir(parents=True, exist_ok=True)
 
