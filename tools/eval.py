@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 from hsrgan.engine import distributed
-from hsrgan.engine.aside import writable
+from hsrgan.engine.aside import check_writable, writable
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.metrics.extractor import load_extractor
@@ -28,7 +29,7 @@ from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
-from hsrgan.tools.options import spare_snapshot
+from hsrgan.tools import options
 
 app = CommandLine()
 
@@ -92,7 +93,7 @@ def main(
     with user_errors(quiet=not world.first), Bars(quiet=not world.first) as bars:
         with before_meeting(world.rank, world.size):
             if out is not None:
-                spare_snapshot(out)
+                options.spare_snapshot(out)
         results = []
         scorer, generators = _prepared(
             world, snapshots, metrics, data, features, resize.value, progress=bars, seed=seed, batch=batch,
@@ -106,9 +107,7 @@ def main(
                     if facts != there:
                         raise _replaced(facts["snapshot"])
                 if out is not None and world.first:
-                    with writable(out, "name another --out"):
-                        out.parent.mkdir(parents=True, exist_ok=True)
-                        out.touch()
+                    _check_appendable(out)
             for label, (generator, facts) in zip(short_names(snapshots), generators, strict=True):
                 for result in scorer.score(generator.to(world.device), label):
                     results.append(result | facts)
@@ -165,11 +164,21 @@ def _replaced(path: Path | str) -> UserError:
     return UserError(f"snapshot {path} was replaced while it was read, as a run does with its best: score a copy of it")
 
 
+def _check_appendable(out: Path) -> None:
+    """UserError where no line could be added to `out`, of which nothing is made before there is a result."""
+    if os.path.lexists(out):
+        with writable(out, options.REMEDY), out.open("a"):
+            pass
+    else:
+        check_writable(out.parent, options.REMEDY, make=False)
+
+
 def _tell(result: dict, out: Path | None) -> None:
     """One line of JSON on stdout, and at the end of `out`, where what was there stays."""
     line = json.dumps(result)
     typer.echo(line)
     if out is not None:
+        options.make_folder(out)
         with writable(out, "free space there"), out.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
