@@ -159,6 +159,7 @@ def test_als_of_two_models(snapshot, attributes, tmp_path, monkeypatch):
     monkeypatch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
     a, b = (write_snapshot(tmp_path / f"{name}.safetensors", seed, c_dim=0) for seed, name in enumerate("ab"))
     result = run(a, b, "--metrics", "als20,ppl2_wend20", "--attributes", attributes, "--compare")
+    assert "--features" not in result.output
     results = lines(result)
     assert [(r["metric"], Path(r["snapshot"]).stem) for r in results] == [
         ("als20", "a"), ("ppl2_wend20", "a"), ("als20", "b"), ("ppl2_wend20", "b")
@@ -181,6 +182,7 @@ def test_als_of_two_models(snapshot, attributes, tmp_path, monkeypatch):
     assert "a.safetensors draws from 10 classes and no --data is given" in labelled.stderr
 
 
+NO_FEATURES = ["--features", None]
 # case: (changes of the snapshot, or None for one that is not ours; arguments; what the line says)
 MISTAKES = {
     "not ours": (None, [], "made.safetensors: its format is not stated, not hsrgan-snapshot-1"),
@@ -196,11 +198,14 @@ MISTAKES = {
     "resolution": ({"img_resolution": 32}, [], "makes 32x32 images of 1 channel(s) and SHARDS holds 16x16 of 1"),
     "channels": ({"img_channels": 3}, [], "makes 16x16 images of 3 channel(s) and SHARDS holds 16x16 of 1"),
     "logits": ({}, ["--metrics", "is100"], "is100 needs the logits of inception"),
-    "no attributes": ({}, ["--metrics", "als"], "ls and als need a classifier of attributes: give --attributes FILE"),
-    "attributes of nothing": (
-        {}, ["--metrics", "ls", "--attributes", "WEIGHTS"], "attribute classifier WEIGHTS is damaged",
+    "features of nothing": ({}, ["--metrics", "ppl2_wend100,als"], "has no say in ppl2_wend100, als: path lengths"),
+    "no attributes": (
+        {}, ["--metrics", "als", *NO_FEATURES], "ls and als need a classifier of attributes: give --attributes FILE",
     ),
-    "no lpips": ({}, ["--metrics", "ppl2_wend"], "tools/import_weights.py vgg16 vgg16-397923af.pth"),
+    "attributes of nothing": (
+        {}, ["--metrics", "ls", "--attributes", "WEIGHTS", *NO_FEATURES], "attribute classifier WEIGHTS is damaged",
+    ),
+    "no lpips": ({}, ["--metrics", "ppl2_wend", *NO_FEATURES], "tools/import_weights.py vgg16 vgg16-397923af.pth"),
     "unwritable": ({}, ["--out", "WEIGHTS/results.jsonl"], "cannot write WEIGHTS: Not a directory; name another --out"),
     "a folder": ({}, ["--out", "/"], "cannot write /: Is a directory; name another --out"),
 }  # fmt: skip
@@ -225,6 +230,15 @@ def test_every_mistake_is_one_line(case, shards, tmp_path):
     assert len(errors) == 1 and line in errors[0], result.stderr
     assert "Traceback" not in result.output and result.stdout == "" and not list(tmp_path.rglob("*.part"))
     assert not out.parent.exists()
+
+
+def test_features_leave_path_lengths_as_they_are_and_that_is_said(shards, snapshot, monkeypatch):
+    monkeypatch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
+    options = ("--data", shards, "--metrics", "fid50_full,ppl2_wend20", "--features", TEACHER)
+    _, path_length = lines(result := run(snapshot, *options))
+    said = [line for line in result.stderr.splitlines() if "--features" in line]
+    assert said == ["--features has no say in ppl2_wend20: path lengths are LPIPS's, on VGG-16"]
+    assert path_length["protocol"]["network"] == "stand-in"
 
 
 def test_resize_is_one_of_two(snapshot):

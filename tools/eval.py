@@ -19,7 +19,7 @@ from hsrgan.engine.aside import check_writable, writable
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.metrics.extractor import load_extractor
-from hsrgan.engine.metrics.names import parse_metrics
+from hsrgan.engine.metrics.names import Metric, parse_metrics
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.metrics.report import Bars, comparison_chart, comparison_table, short_names
@@ -56,7 +56,7 @@ def main(
     ] = "fid50k_full",
     data: Annotated[Path | None, typer.Option(help="Packed shards of the real images.")] = None,
     features: Annotated[
-        str | None, typer.Option(help="Score with another network: timm:MODEL:FILE, or a teacher's .safetensors.")
+        str | None, typer.Option(help="Score images by another network: timm:MODEL:FILE, or a teacher's .safetensors.")
     ] = None,
     resize: Annotated[Resize, typer.Option(help="For inception and vgg16: published (tf1), or clean-fid's.")] = (
         Resize.tf1
@@ -139,6 +139,7 @@ def _prepared(
     """Everything that can be refused is, before anything is computed. Generators with what results say of them."""
     with before_meeting(world.rank, world.size):
         parsed = parse_metrics(metrics)
+        _check_features(features, parsed, quiet=not world.first)
         manifest = load_manifest(data) if data else None
         generators = [_load(path) for path in snapshots]
         extractors = {spec: load_extractor(spec, resize=resize) for spec in needed_extractors(parsed, features)}
@@ -150,6 +151,17 @@ def _prepared(
     for extractor in extractors.values():
         extractor.to(world.device)
     return scorer, generators
+
+
+def _check_features(features: str | None, metrics: list[Metric], *, quiet: bool) -> None:
+    """A UserError where `--features` changes no metric, a line on stderr where it leaves a path length as it is."""
+    without = [metric.name for metric in metrics if not metric.features]
+    paths = [name for name in without if name.startswith("ppl")]
+    if features and len(without) == len(metrics):
+        raise UserError(f"--features {features} has no say in {', '.join(without)}: path lengths are LPIPS's, on "
+                        "VGG-16, and ls and als ask --attributes; leave it out")
+    if features and paths and not quiet:
+        typer.echo(f"--features has no say in {', '.join(paths)}: path lengths are LPIPS's, on VGG-16", err=True)
 
 
 def _load(path: Path) -> tuple[Generator, dict]:
