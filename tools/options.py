@@ -57,7 +57,7 @@ class Start:
     file: Latents | None = None
 
     def ws(self, generator: Generator, c: Tensor | None, batch: int) -> Tensor:
-        """[N, num_ws, w_dim] on the CPU, not truncated; c [c_dim], or None where every seed draws its class."""
+        """[N, num_ws, w_dim] on the CPU, not truncated; c [c_dim] or [N, c_dim]; None: every seed draws its class."""
         if self.file is not None:
             return self.file.w.expand(-1, generator.num_ws, -1)
         return ws_of_seeds(generator, self.seeds, None if c is None else c.expand(len(self.seeds), -1), batch=batch)
