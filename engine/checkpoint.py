@@ -7,7 +7,8 @@ checkpoints/000040960/        images seen
     D.safetensors             D, and its heads on teachers (`projected.`, `vision_aided.`)
     G_ema.safetensors         and, where ema.power asks for them, G_power-<length>.safetensors
     G_adam.safetensors  D_adam.safetensors      `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
-    state.json                format, images, pl_mean, ADA's p, Adam's steps, the recipe, the data's class names
+    state.json                format, images, pl_mean, ADA's p, Adam's steps, the recipe, the data's class names, and
+                              the sha256 of the teachers' files by section (null where timm found the weights)
     SHA256SUMS                of all these, as sha256sum writes and checks it
 """
 
