@@ -21,7 +21,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,6 +70,11 @@ class Checkpoint:
                 "another run_dir"
             )
         module.load_state_dict(tensors)
+
+    def without_heads(self) -> Checkpoint:
+        """For a run that goes on without HSR: G alone."""
+        generator = {key: value for key, value in self.tensors["G"].items() if not key.startswith("heads.")}
+        return replace(self, tensors={**self.tensors, "G": generator})
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -322,6 +322,7 @@ def _measured(
     frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
     if resumed := checkpoint.resume_point(recipe.run_dir, world):
         check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
+        resumed = resumed if recipe.hsr else resumed.without_heads()
         for part, module in {"G": g_module, "D": discriminator, "G_ema": average}.items():
             resumed.fill(part, module)
         for length in recipe.ema.power:
