@@ -76,11 +76,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(folder: Path, remedy: str = "choose another with run_dir=…") -> None:
-    """Make the folder and try it, before hours of work want to write there; UserError where it refuses."""
+def check_writable(folder: Path, remedy: str = "choose another with run_dir=…", *, make: bool = True) -> None:
+    """Make the folder and try it, before hours of work want to write there; UserError where it refuses.
+
+    make: False leaves what is absent absent, and tries the nearest folder above it.
+    """
     with writable(folder, remedy):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: the ranks of a run all try it at once
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        tried = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=tried):  # a name of its own: the ranks of a run all try it at once
             pass
 
 

@@ -7,7 +7,8 @@ checkpoints/000040960/        images seen
     D.safetensors             D, and its heads on teachers (`projected.`, `vision_aided.`)
     G_ema.safetensors         and, where ema.power asks for them, G_power-<length>.safetensors
     G_adam.safetensors  D_adam.safetensors      `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`
-    state.json                format, images, pl_mean, ADA's p, Adam's steps, the recipe, the data's class names
+    state.json                format, images, pl_mean, ADA's p, Adam's steps, the recipe, the data's class names, and
+                              the sha256 of the teachers' files by section (null where timm found the weights)
     SHA256SUMS                of all these, as sha256sum writes and checks it
 """
 
@@ -20,7 +21,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,6 +70,11 @@ class Checkpoint:
                 "another run_dir"
             )
         module.load_state_dict(tensors)
+
+    def without_heads(self) -> Checkpoint:
+        """For a run that goes on without HSR: G alone."""
+        generator = {key: value for key, value in self.tensors["G"].items() if not key.startswith("heads.")}
+        return replace(self, tensors={**self.tensors, "G": generator})
 
 
 def _shape(shape: torch.Size | None) -> str:

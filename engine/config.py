@@ -218,13 +218,17 @@ def recipe_differences(a: Recipe | str, b: Recipe | str) -> list[str]:
 
 
 def check_same_networks(saved: Recipe | str, recipe: Recipe, *, checkpoint: str | Path) -> None:
-    """Raise `UserError` when `checkpoint`, made under the recipe `saved`, has parameters of other shapes."""
+    """Raise `UserError` when `checkpoint`, made under the recipe `saved`, has parameters of other shapes, or none where
+    `recipe` has some; HSR's heads alone may be left (`Checkpoint.without_heads`).
+    """
     for key in recipe_differences(saved, recipe):
+        if key == "hsr" and recipe.hsr is None:
+            continue
         if key in NETWORK_KEYS or key.startswith("hsr.layers."):
             was, now = (_value(x, key) for x in (saved, recipe))
             raise UserError(
                 f"checkpoint {checkpoint} was made with {key} = {was}, the recipe says {now}: "
-                f"set {key} back, or train from the start in another run_dir"
+                f"set {key} back, or take what fits into another run_dir with init_from={checkpoint}"
             )
 
 

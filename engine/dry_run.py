@@ -11,9 +11,12 @@ import copy
 import json
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +26,11 @@ from rich.table import Table
 from torch import nn
 
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
+from hsrgan.engine.aside import check_writable
 from hsrgan.engine.config import Recipe, check_paths, check_same_networks
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.faults import Preemption
 from hsrgan.engine.freezing import frozen_parameters
 from hsrgan.engine.peers import AGAIN, Peers
 from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
@@ -150,6 +155,21 @@ def seconds_per_step(calls: dict[str, Call], means: dict[str, float]) -> float:
 
 
 @contextlib.contextmanager
+def leaving_as_told() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end this process from inside, as Ctrl-C does, so that what is there for a while goes too."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in Preemption.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def dataset(recipe: Recipe) -> Iterator[tuple[Manifest | None, str]]:
     """The run's data and where it lies, the built-in digits in a folder that is gone afterwards. None where it is not
     there, and why, if the networks can do without: they have no labels. What is there and the run would refuse is
@@ -261,10 +281,11 @@ def dry_run(recipe: Recipe, world: distributed.World, clock: Callable[[], float]
     console = Console(highlight=False, quiet=not world.first)
     if not console.is_terminal:
         console.width = 120
-    with contextlib.ExitStack() as stack:
+    with leaving_as_told(), contextlib.ExitStack() as stack:
         with before_meeting(world.rank, world.size):
             check_paths(recipe, data=False)
             manifest, where = stack.enter_context(dataset(recipe))
+            check_writable(Path(recipe.run_dir), make=False)
         if manifest is None:
             console.print(f"data: {where}")  # now, and not after the steps: it may be a slip of the pen
         distributed.start(world, recipe.faults.rendezvous_timeout)
@@ -301,6 +322,7 @@ def _measured(
     frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
     if resumed := checkpoint.resume_point(recipe.run_dir, world):
         check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
+        resumed = resumed if recipe.hsr else resumed.without_heads()
         for part, module in {"G": g_module, "D": discriminator, "G_ema": average}.items():
             resumed.fill(part, module)
         for length in recipe.ema.power:

@@ -45,7 +45,7 @@ class VGGLikeness(nn.Module):
         height, width = images.shape[2:]
         if min(height, width) < LEAST:
             raise UserError(f"VGG-16 sees nothing in images of {height}x{width} pixels: compare them with a teacher, "
-                            "--teacher FILE.safetensors")
+                            "--features FILE.safetensors")
         if max(height, width) > SIDE:
             size = [round(side * SIDE / max(height, width)) for side in (height, width)]
             images = F.interpolate(images, size=size, mode="area")
@@ -86,15 +86,15 @@ def likeness(named: str | None, recipe: dict, snapshot: Path) -> VGGLikeness | T
                                    parity_normalize=hsr.parity_normalize)
         except pydantic.ValidationError as error:
             raise UserError(f"snapshot {snapshot}: its recipe's hsr is not understood ({one_line(error)}): name a "
-                            "network with --teacher") from None
+                            "network with --features") from None
         except UserError as error:
             raise UserError(f"the recipe of {snapshot} names a teacher that cannot be had: {error}; go where it was "
-                            f"trained (this is {Path.cwd()}), or name one with --teacher") from None
+                            f"trained (this is {Path.cwd()}), or name one with --features") from None
         return TeacherLikeness(teacher, hsr.teacher)
     try:
         return VGGLikeness(load_lpips())
     except UserError as error:
-        raise UserError(f"the recipe of {snapshot} has no teacher to compare images with: name one with --teacher, or "
+        raise UserError(f"the recipe of {snapshot} has no teacher to compare images with: name one with --features, or "
                         f"import VGG-16: {error}") from None
 
 
@@ -104,7 +104,7 @@ def _backbone(named: str) -> Backbone:
         return open_timm(model, file or None)
     if named.endswith(".safetensors"):
         return read_teacher_file(Path(named))
-    raise UserError(f"--teacher {named}: write vgg16, a teacher's FILE.safetensors, timm:MODEL or timm:MODEL:FILE")
+    raise UserError(f"--features {named}: write vgg16, a teacher's FILE.safetensors, timm:MODEL or timm:MODEL:FILE")
 
 
 @torch.no_grad()

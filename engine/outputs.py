@@ -142,9 +142,12 @@ class Outputs:
 
     def checkpoint(self, images: int) -> None:
         averages = {"G_ema": self.g_ema} | {part_name(length): average for length, average in self.power.items()}
+        facts = {
+            "class_names": list(self.manifest.class_names),
+            "teachers": {name: teacher.sha256 for name, teacher in self.t.teachers.items()},
+        }
         checkpoint.write_checkpoint(
-            self.t.recipe.run_dir, self.t.g, self.t.d, averages, images=images,
-            training=self.t.state() | {"class_names": list(self.manifest.class_names)},
+            self.t.recipe.run_dir, self.t.g, self.t.d, averages, images=images, training=self.t.state() | facts,
             recipe=self.t.recipe.model_dump(mode="json"), retention=self.retention, best=self.best_images,
             rank=self.t.world.rank,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import World
+from hsrgan.engine.errors import CannotWrite
 from hsrgan.engine.metrics.extractor import load_extractor
 from hsrgan.engine.metrics.names import parse_metrics
 from hsrgan.engine.metrics.real_cache import RealCache
@@ -73,18 +74,23 @@ class Scoring:
         self.scorer.progress = log.working
         with undisturbed(self.out.g_ema):
             results = self.scorer.score(fp32_copy(self.out.g_ema))
-        main = results[0] | {"kimg": images / 1000}
+        main, refused = results[0] | {"kimg": images / 1000}, None
         if self._better(main):
-            self.out.best(images, main)
-            self.best, self.since_best = main, 0
-        elif images / 1000 > self.best["kimg"]:  # not when a resumed run comes to its best once more
+            try:
+                self.out.best(images, main)
+                self.best, self.since_best = main, 0
+            except CannotWrite as error:  # the score is told all the same
+                refused = error
+        if self.best and images / 1000 > self.best["kimg"]:  # a resumed run may come to its best once more
             self.since_best += 1
         scalars = {f"metric/{name}": value for result in results for name, value in result["values"].items()}
-        log.scores(images, scalars | {"since_best": self.since_best}, time.perf_counter() - began)
         scores = ", ".join(f"{result['metric']} {shown(result)}" for result in results)
         since = f"{self.since_best} evaluation{'s' * (self.since_best != 1)} since"
         best = f"{shown(self.best)} at {self.best['kimg']:g} kimg, {since}" if self.since_best else "this one"
-        log.message(f"{images / 1000:g} kimg: {scores}; best: {best}")
+        log.message(f"{images / 1000:g} kimg: {scores}; best: {'this one, which is not kept' if refused else best}")
+        log.scores(images, scalars | {"since_best": self.since_best}, time.perf_counter() - began)
+        if refused:
+            raise refused
 
     def _better(self, result: dict) -> bool:
         best = self.best

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hsrgan.engine.alpha import over_grey
 from hsrgan.engine.errors import UserError
-from hsrgan.engine.tensor_files import misfit, one_line, read_safetensors, read_state_dict
+from hsrgan.engine.tensor_files import misfit, one_line, read_safetensors, read_state_dict, sha256_of
 
 FORMAT = "hsrgan-teacher-1"
 # What the code released with HSR normalises with: CLIP's mean beside ImageNet's standard deviation.
@@ -48,17 +48,17 @@ class Teacher(nn.Module):
 
     net: a timm model; layers {r: index, 0-based, of a block (token models) or of a stage (convolutional ones)};
     input_size (h, w); mean, std of the images in [0, 1], one value per input channel of net.
-    section: of the recipe, for messages. Several teachers may share one net.
+    section: of the recipe, for messages. Several teachers may share one net. sha256: of the file that net came from.
     channels {r: C_t} and grids {r: (h, w)} say what comes out. Raises UserError for a layer that net lacks.
     """
 
     def __init__(self, net: nn.Module, layers: Mapping[int, int], input_size: tuple[int, int],
-                 mean: Sequence[float], std: Sequence[float], section: str = "hsr") -> None:
+                 mean: Sequence[float], std: Sequence[float], section: str = "hsr", sha256: str | None = None) -> None:
         super().__init__()
         if not hasattr(net, "forward_intermediates"):
             raise UserError(f"{section}.teacher: timm gives no feature maps of {type(net).__name__}: choose another "
                             "model, such as a ViT, ResNet, ConvNeXt or EfficientNet")
-        self.section = section
+        self.section, self.sha256 = section, sha256
         norm, pooled_norm = getattr(net, "norm", None), getattr(net, "fc_norm", None)
         if isinstance(norm, nn.Identity) and isinstance(pooled_norm, nn.LayerNorm):
             net.norm = pooled_norm  # models that average the tokens keep their final norm behind the average
@@ -146,7 +146,13 @@ def load_teacher(name_or_file: str, *, weights: str | None = None, layers: Mappi
     net, size, mean, std = loaded[key]
     if parity_normalize:
         mean, std = PARITY_MEAN, PARITY_STD
-    return Teacher(net, layers, size, mean, std, section)
+    return Teacher(net, layers, size, mean, std, section, file_sha256(name_or_file, weights))
+
+
+def file_sha256(name_or_file: str, weights: str | None) -> str | None:
+    """Of the file that the weights of such a teacher are read from; None where timm finds them, or it is not there."""
+    file = name_or_file if name_or_file.endswith(".safetensors") else weights
+    return sha256_of(Path(file)) if file and os.path.isfile(file) else None
 
 
 def _backbone(name_or_file: str, weights: str | None, section: str) -> Backbone:

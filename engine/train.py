@@ -67,6 +67,7 @@ def _run(recipe: Recipe, world: distributed.World, manifest: Manifest, preemptio
     resumed = checkpoint.resume_point(recipe.run_dir, world)
     if resumed:
         check_same_networks(json.dumps(resumed.state["recipe"]), recipe, checkpoint=resumed.path)
+        resumed = resumed if recipe.hsr else resumed.without_heads()
     generator, discriminator, heads, teachers = assembly.networks(recipe, manifest, world)
     g_module, g_ema = GeneratorWithHeads(generator, heads), copy.deepcopy(generator).requires_grad_(False).eval()
     frozen = frozen_parameters(recipe.freeze, g_module, discriminator)
@@ -108,7 +109,9 @@ def _loop(
                 log.note("fallback", line)
             why = f"{diverged}: rolled back, " if diverged else ""
             anew = f"; freeze has changed, so Adam begins anew for {' and '.join(t.anew)}" if t.anew else ""
-            log.note("rollback" if diverged else "resume", f"{why}resuming at {images / 1000:g} kimg{anew}")
+            dropped = resumed.state["recipe"].get("hsr") and not recipe.hsr
+            hsr = "; HSR is off, so its heads are dropped" if dropped else ""
+            log.note("rollback" if diverged else "resume", f"{why}resuming at {images / 1000:g} kimg{anew}{hsr}")
         else:
             log.reals(next(open_stream(manifest, seed=recipe.seed, start=0, global_batch=PICTURES))[0])
             log.fakes(out.pictures(), 0.0, out.row_names)

@@ -7,9 +7,9 @@ channel width.
 
 Tensors are matched by name (`overlap.py` says what of one is carried into another shape): a block b{r} is the same
 block at any resolution of the image, and toRGB and fromRGB belong to theirs. Heads on another teacher than here, or on
-other layers of it, are new where a checkpoint's recipe tells; a network's file does not say what its own were on. Adam,
-the path-length mean and the count of images begin anew. What became of every tensor of either side is told, and kept in
-run_dir/transfer.json.
+other layers of it, are new where a checkpoint tells (its recipe, and the sha256 of the teacher's file); a network's
+file does not say what its own were on. Adam, the path-length mean and the count of images begin anew. What became of
+every tensor of either side is told, and kept in run_dir/transfer.json.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from hsrgan.engine.aside import written_aside
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.network_file import FORMAT
 from hsrgan.engine.overlap import OtherFilter, Pair
+from hsrgan.engine.teacher import file_sha256
 from hsrgan.engine.tensor_files import read_safetensors
 
 NETWORKS = ("G", "D", "G_ema")
@@ -41,30 +42,43 @@ ANEW = "Adam, the path-length mean and the count of images begin anew"
 
 
 class Target(NamedTuple):
-    """What a head looks at: as recipes name it."""
+    """What a head looks at: as recipes name it, and the sha256 of the network's file where that is known."""
 
     teacher: str
     weights: str | None
     layers: int | list[int]
+    sha256: str | None = None
 
     def is_of(self, other: Target) -> bool:
         """Whether it is the same network, by whatever path, and the same layers."""
-        same = all(_same_file(*pair) for pair in ((self.teacher, other.teacher), (self.weights, other.weights)))
+        if self.sha256 and other.sha256:  # by a file's name there may be another by now
+            names = [target.weights and target.teacher for target in (self, other)]
+            same = self.sha256 == other.sha256 and names[0] == names[1]
+        else:
+            same = all(_same_file(*pair) for pair in ((self.teacher, other.teacher), (self.weights, other.weights)))
         return same and self.layers == other.layers
+
+    def __str__(self) -> str:
+        file = f" (sha256 {self.sha256[:12]}…)" if self.sha256 else ""
+        return f"{self.teacher}{file}, layer {self.layers}"
 
 
 def _same_file(a: str | None, b: str | None) -> bool:
     return a == b or bool(a and b and os.path.isfile(a) and os.path.isfile(b) and filecmp.cmp(a, b, shallow=False))
 
 
-def targets_of(recipe: Mapping[str, Any]) -> dict[str, Target]:
-    """Of a recipe's JSON, the target of all heads on teachers, by the beginning of their tensors' names."""
+def targets_of(recipe: Mapping[str, Any], sha256s: Mapping[str, str | None] | None = None) -> dict[str, Target]:
+    """Of a recipe's JSON, the target of all heads on teachers, by the beginning of their tensors' names. sha256s: of
+    the teachers' files, by section, as a checkpoint keeps them; None: of the files that are there.
+    """
     found = {}
     for name in ("hsr", "projected", "vision_aided"):
         if section := recipe.get(name):
             layers = {f"heads.{r}.": i for r, i in section["layers"].items()} if name == "hsr" else {
                 f"{name}.": section["layers"]}  # fmt: skip
-            found |= {key: Target(section["teacher"], section.get("weights"), value) for key, value in layers.items()}
+            named = section["teacher"], section.get("weights")
+            sha256 = file_sha256(*named) if sha256s is None else sha256s.get(name)
+            found |= {key: Target(*named, value, sha256) for key, value in layers.items()}
     return found
 
 
@@ -122,7 +136,8 @@ def _read_checkpoint(path: Path) -> Source:
     read = checkpoint.read_checkpoint(path)
     tensors = {part: {published(key): value for key, value in read.tensors[part].items()} for part in NETWORKS}
     files = {part: path / f"{part}.safetensors" for part in NETWORKS}
-    return Source(tensors, files, tuple(read.state.get("class_names", ())), targets_of(read.state.get("recipe", {})))
+    targets = targets_of(read.state.get("recipe", {}), read.state.get("teachers", {}))
+    return Source(tensors, files, tuple(read.state.get("class_names", ())), targets)
 
 
 def _read_files(path: Path) -> Source:
@@ -206,7 +221,7 @@ def start_from(
     """
     source, targets = read_source(init_from), targets or {}
     strangers = {
-        prefix: f"a head on {there.teacher}, layer {there.layers}, there"
+        prefix: f"a head on {there}, there"
         for prefix, there in source.targets.items()
         if prefix in targets and not there.is_of(targets[prefix])
     }

@@ -97,7 +97,7 @@ SHORT = ("--batch", "8", "--kimg", "0.4", "--rotation", "0")
 @pytest.mark.parametrize("kind", ["csv", "json", "txt"])
 def test_a_table_of_several_attributes_for_images_in_a_folder(photos, tmp_path, kind):
     folder, table = photos
-    file, out = tmp_path / f"table.{kind}", tmp_path / "a.safetensors"
+    file, out = tmp_path / f"table.{kind}", tmp_path / "made" / "a.safetensors"
     file.write_text(as_text(table, kind))
     names, rows = fit_attributes.read_table(file)
     assert names == ["warm", "lit"] and rows == {name: list(map(float, row.values())) for name, row in table.items()}
@@ -159,7 +159,8 @@ def test_mistakes_in_fitting_are_one_line(photos, tmp_path, monkeypatch):
     assert "t.gone cannot be read" in line(run(FIT, folder, "--table", tmp_path / "t.gone", *resolution))
     assert "one label for each image: pack it with --labels, or give --table" in line(run(FIT, folder, *resolution))
     assert "give --resolution" in line(run(FIT, folder))
-    assert "there is no folder" in line(run(FIT, folder, "--out", tmp_path / "gone" / "a.safetensors"))
+    (tmp_path / "file").touch()
+    assert "Not a directory; name another --out" in line(run(FIT, folder, "--out", tmp_path / "file" / "a.safetensors"))
     assert not (tmp_path / "a.safetensors").exists()
 
     def interrupted(*_, **__):
@@ -236,7 +237,7 @@ def test_anycost_gan_predictor(tmp_path):
     """Its file: {"state_dict": torchvision's resnet50 with fc [80, 2048]}; view(-1, 40, 2), column 1 is *present*."""
     theirs = create_timm("resnet50", num_classes=80).eval()
     theirs.load_state_dict(randomised(theirs))
-    file, out = tmp_path / "attribute_predictor.pt", tmp_path / "a.safetensors"
+    file, out = tmp_path / "attribute_predictor.pt", tmp_path / "made" / "a.safetensors"
     torch.save({"state_dict": theirs.state_dict()}, file)
     result = run(import_attributes.app, "anycost", file, "--out", out)
     assert result.exit_code == 0, result.output

@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent, whatever ends the writing of them, and a damaged one is passed over."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,11 @@ from safetensors.torch import load_file
 
 from hsrgan.engine import aside, checkpoint
 from hsrgan.engine.errors import CannotWrite, UserError
+from hsrgan.engine.outputs import Outputs
+from hsrgan.engine.snapshot import read_metadata
+from hsrgan.engine.stats import read_log
 
+TEACHER = Path(__file__).parents[1] / "recipes/digits_teacher.safetensors"
 NAMES = ("state.json", *(f"{part}.safetensors" for part in checkpoint.TENSOR_FILES))
 
 
@@ -247,6 +252,36 @@ def test_a_full_disk(workspace, straight, policy, for_ever):
     if for_ever:
         forked.train(workspace, *options)
         assert newest(run) == "000000064"
+
+
+def plant_no_room_for_the_best() -> None:
+    """The first snapshot of a best score does not fit."""
+    os.environ["HSRGAN_CACHE"] = "cache"
+    real, calls = Outputs.best, itertools.count()
+
+    def best(*args) -> None:
+        if not next(calls):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+        try:
+            real(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+    Outputs.best = best
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk_at_the_best_score_leaves_the_score(workspace, policy):
+    metrics = ("metrics_kimg=0.016", f"metrics={{names: 'fid10_full', features: {TEACHER}}}")
+    options = (f"run_dir=best-{policy}", f"faults.disk_full={policy}", "kimg=0.032", *metrics)
+    (run,) = forked.start(workspace, *options, plant=plant_no_room_for_the_best)
+    code, folder = run.ends(), workspace / f"best-{policy}"
+    rows = [row for row in read_log(folder / "log.jsonl") if "metric/fid10_full" in row]
+    assert "best: this one, which is not kept" in run.said and "snapshots/best.safetensors: File too large" in run.said
+    assert (code, [row["kimg"] for row in rows]) == ((2, [0.016]) if policy == "stop" else (0, [0.016, 0.032]))
+    if policy == "continue":  # the first that fits is the best so far
+        score = read_metadata(folder / "snapshots" / "best.safetensors")["score"]
+        assert score["kimg"] == 0.032 and score["value"] == rows[1]["metric/fid10_full"] and not rows[1]["since_best"]
 
 
 def progress(run: Path) -> str:

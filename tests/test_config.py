@@ -256,7 +256,6 @@ def test_json_is_stable_and_differences_are_named(load):
         ("data.labels=true", "false", "true"),
         ("hsr.hidden=64", "4096", "64"),
         ("hsr.layers.8=3", "2", "3"),
-        ("hsr=null", "a section", "null"),
         ("projected.layers=[1, 2]", "[1, 3]", "[1, 2]"),
         ("projected.channels=32", "64", "32"),
         ("vision_aided={teacher: t.safetensors, layers: [1]}", "null", "a section"),
@@ -269,7 +268,7 @@ def test_a_checkpoint_of_other_networks_is_refused(load, override, was, now):
     key = override.partition("=")[0]
     assert str(error.value) == (
         f"checkpoint runs/test/checkpoints/000001000 was made with {key} = {was}, the recipe says {now}: "
-        f"set {key} back, or train from the start in another run_dir"
+        f"set {key} back, or take what fits into another run_dir with init_from=runs/test/checkpoints/000001000"
     )
 
 
@@ -279,6 +278,9 @@ def test_a_checkpoint_of_the_same_networks_is_welcome(load):
     check_same_networks(load(PLAIN), other, checkpoint="c")
     other = load(HEADED, "projected.weight=2", "objective.loss=hinge", "r2.gamma=1")
     check_same_networks(load(HEADED), other, checkpoint="c")
+    check_same_networks(load(HEADED), load(HEADED, "hsr=null"), checkpoint="c")     # the heads are dropped
+    with pytest.raises(UserError, match="made with hsr = null, the recipe says a section"):
+        check_same_networks(load(HEADED, "hsr=null"), load(HEADED), checkpoint="c")
 
 
 def test_files_of_a_recipe_are_looked_for(load, tmp_path):

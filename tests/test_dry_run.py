@@ -2,9 +2,14 @@
 
 import json
 import os
+import signal
+import tempfile
+import time
+from functools import partial
 from pathlib import Path
 
 import forked
+import psutil
 import pytest
 import torch
 from metric_fixtures import attributes_file
@@ -50,6 +55,22 @@ def plant_short_probe() -> None:
     dry_run.PROBE_STEPS = 2
 
 
+def plant_signal(number: int, temporary: Path) -> None:
+    """`number` comes in the middle of the steps; folders for a while are made in `temporary`."""
+    tempfile.tempdir = str(temporary)
+
+    def mean_seconds(calls, *_) -> None:
+        calls["data"][1](0)
+        assert list(temporary.glob("hsrgan-*/digits-16x16x1/*.tar"))
+        for child in psutil.Process().children():  # the loader's worker, first, as the launcher does
+            child.send_signal(number)
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    dry_run.mean_seconds = mean_seconds
+
+
 def plant_no_weights() -> None:
     os.environ["HSRGAN_CACHE"] = "no_weights"
 
@@ -81,6 +102,14 @@ def test_a_dry_run_says_what_a_run_does_and_leaves_nothing(workspace):
     assert files(workspace) == before and (told["steps"], told["done"]) == (10, 8) and told["hours"] == 2 * 5 / 3600
 
 
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1)])
+def test_a_dry_run_that_is_asked_to_leave_takes_its_digits_along(workspace, tmp_path, number, ranks):
+    options = ("dry_run=true", "run_dir=new", "data.workers=1")
+    runs = forked.start(workspace, *options, ranks=ranks, plant=partial(plant_signal, number, tmp_path))
+    assert [run.ends() for run in runs] == [128 + number] * ranks, runs[0].said
+    assert not any(tmp_path.iterdir()) and "Traceback" not in runs[0].said
+
+
 def tensor_bytes(path: Path) -> int:
     with safe_open(path, framework="pt") as file:
         return sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118 (not a mapping)
@@ -106,6 +135,7 @@ def test_data_that_is_not_there_is_noise_or_one_line(workspace):
         ("new", ["data.builtin=null", "data.shards=datasets/digits-16x16x1", "data.labels=false", "data.channels=3"],
          "set data.channels=1"),
         ("new", ["data.builtin=null", "data.shards=recipe.yaml", "data.labels=false"], "recipe.yaml"),
+        ("recipe.yaml/new", [], "cannot write recipe.yaml/new: Not a directory; choose another with run_dir="),
         ("new", ["metrics={names: fid50k_full}"], "import_weights.py inception"),
         ("new", ["metrics={names: fid50k_full, features: gone.safetensors}"], "gone.safetensors does not exist"),
         ("new", ["metrics={names: als20, attributes: gone}"], "metrics.attributes: gone does not exist"),
@@ -115,7 +145,8 @@ def test_data_that_is_not_there_is_noise_or_one_line(workspace):
         ("new", ["metrics={names: als20, attributes: gone}", *NO_DATA], "metrics.attributes: gone does not exist"),
     ],
     ids=["freeze of nothing trained", "init_from that is not there", "a checkpoint of other networks",
-         "a checkpoint without the average", "data of other channels", "data that are none", "weights",
+         "a checkpoint without the average", "data of other channels", "data that are none",
+         "a run_dir that cannot be", "weights",
          "features", "attributes", "attributes that are none",
          "too few images", "weights, and no data", "attributes, and no data"],
 )  # fmt: skip

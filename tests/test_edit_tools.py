@@ -194,7 +194,7 @@ def affine_weights(snapshot):
 
 
 def test_sefa_directions_change_the_styles_of_the_chosen_layers_most(snapshot, tmp_path):
-    out = tmp_path / "d.safetensors"
+    out = tmp_path / "made" / "of two" / "d.safetensors"
     said = run(directions.app, "sefa", snapshot, "--layers", "1-3", "--count", 3, "--samples", 300, "--seeds", "0,1",
                "--out", out)  # fmt: skip
     assert "eigenvalue share" in said
@@ -265,7 +265,8 @@ def test_directions_refuse(snapshot, generator, tmp_path):
     assert "the snapshot has the ws 0 to 5" in line(directions.app, "sefa", snapshot, "--layers", "5-6", *out)
     assert "W has 64 dimensions; give that or less" in line(directions.app, "sefa", snapshot, "--count", 65, *out)
     assert "must end in .safetensors" in line(directions.app, "sefa", snapshot, "--out", tmp_path / "d.png")
-    assert "there is no folder" in line(directions.app, "pca", snapshot, "--out", tmp_path / "no" / "d.safetensors")
+    within = ("--out", tmp_path / "made" / "d.safetensors")  # a folder that is refused with the rest
+    assert "W has 64 dimensions" in line(directions.app, "pca", snapshot, "--count", 65, *within)
     assert not any(tmp_path.iterdir())
     far = Directions(("a",), torch.eye(W_DIM)[:1], (0.5,), (1.0,), sha256_of(snapshot), 9, "pca", ((4, 6),))
     save_directions(tmp_path / "far.safetensors", far, command="")

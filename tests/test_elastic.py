@@ -1,11 +1,15 @@
 """A checkpoint of any number of ranks and ZeRO stage goes on on any other, as if nothing had changed."""
 
+import json
+import shutil
 from pathlib import Path
 
 import forked
 import pytest
+import torch
 from safetensors.torch import load_file
 
+TEACHER = Path(__file__).parents[1] / "recipes/digits_teacher.safetensors"
 LAYOUTS = [(ranks, stage) for ranks in (1, 2) for stage in range(4)]
 NAMED = [((2, 2), (1, 1)), ((1, 1), (2, 2))]
 FEW = [((1, 3), (2, 0)), ((2, 0), (1, 3))]
@@ -76,3 +80,23 @@ def test_ten_more_steps_elsewhere_are_the_same(workspace, source, target):
     print(f"{layout(source)} → {layout(target)}: {', '.join(f'{part} {value:.1e}' for part, value in found.items())}")
     assert max(found.values()) < 1e-6
     assert min(differences(moved, moved.parent / SAVED).values()) > 1e-5
+
+
+def test_hsr_may_be_switched_off(workspace):
+    """Heads that G did not feel are dropped: all that remains goes on as if they were still there, to the last bit."""
+    hsr = f"hsr={{teacher: {TEACHER}, layers: {{8: 3}}, hidden: 8, detach: true}}"
+    forked.train(workspace, "run_dir=on", "checkpoint_kimg=0.032", hsr)
+    shutil.copytree(workspace / "on", workspace / "off")
+    shutil.rmtree(workspace / "off/checkpoints/000000064")
+    (workspace / "off/checkpoints/latest").write_text("000000032\n")
+    assert '"done": 4' in forked.train(workspace, "run_dir=off", "dry_run=true")
+    said = forked.train(workspace, "run_dir=off", "checkpoint_kimg=0.032")
+    assert "resuming at 0.032 kimg; HSR is off, so its heads are dropped" in said
+    on, off = (workspace / name / "checkpoints/000000064" for name in ("on", "off"))
+    for part in ("G", "D", "G_ema", "G_adam", "D_adam"):
+        first, second = (load_file(folder / f"{part}.safetensors") for folder in (on, off))
+        kept = {key for key in first if "heads." not in key}
+        assert second.keys() == kept and (len(kept) < len(first)) == (part in ("G", "G_adam"))
+        assert all(torch.equal(first[key], second[key]) for key in kept)
+    assert json.loads((off / "state.json").read_text())["recipe"]["hsr"] is None
+    assert "resuming at 0.064 kimg\n" in forked.train(workspace, "run_dir=off", "checkpoint_kimg=0.032", "kimg=0.072")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import forked
 import pytest
-import timm
 import torch
 from metric_fixtures import StandInLPIPS, attributes_file
 from PIL import Image
@@ -160,6 +159,7 @@ def test_als_of_two_models(snapshot, attributes, tmp_path, monkeypatch):
     monkeypatch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
     a, b = (write_snapshot(tmp_path / f"{name}.safetensors", seed, c_dim=0) for seed, name in enumerate("ab"))
     result = run(a, b, "--metrics", "als20,ppl2_wend20", "--attributes", attributes, "--compare")
+    assert "--features" not in result.output
     results = lines(result)
     assert [(r["metric"], Path(r["snapshot"]).stem) for r in results] == [
         ("als20", "a"), ("ppl2_wend20", "a"), ("als20", "b"), ("ppl2_wend20", "b")
@@ -182,6 +182,7 @@ def test_als_of_two_models(snapshot, attributes, tmp_path, monkeypatch):
     assert "a.safetensors draws from 10 classes and no --data is given" in labelled.stderr
 
 
+NO_FEATURES = ["--features", None]
 # case: (changes of the snapshot, or None for one that is not ours; arguments; what the line says)
 MISTAKES = {
     "not ours": (None, [], "made.safetensors: its format is not stated, not hsrgan-snapshot-1"),
@@ -197,19 +198,23 @@ MISTAKES = {
     "resolution": ({"img_resolution": 32}, [], "makes 32x32 images of 1 channel(s) and SHARDS holds 16x16 of 1"),
     "channels": ({"img_channels": 3}, [], "makes 16x16 images of 3 channel(s) and SHARDS holds 16x16 of 1"),
     "logits": ({}, ["--metrics", "is100"], "is100 needs the logits of inception"),
-    "no attributes": ({}, ["--metrics", "als"], "ls and als need a classifier of attributes: give --attributes FILE"),
-    "attributes of nothing": (
-        {}, ["--metrics", "ls", "--attributes", "WEIGHTS"], "attribute classifier WEIGHTS is damaged",
+    "features of nothing": ({}, ["--metrics", "ppl2_wend100,als"], "has no say in ppl2_wend100, als: path lengths"),
+    "no attributes": (
+        {}, ["--metrics", "als", *NO_FEATURES], "ls and als need a classifier of attributes: give --attributes FILE",
     ),
-    "no lpips": ({}, ["--metrics", "ppl2_wend"], "tools/import_weights.py vgg16 vgg16-397923af.pth"),
-    "unwritable": ({}, ["--out", "WEIGHTS/results.jsonl"], "results.jsonl: File exists; name another --out"),
+    "attributes of nothing": (
+        {}, ["--metrics", "ls", "--attributes", "WEIGHTS", *NO_FEATURES], "attribute classifier WEIGHTS is damaged",
+    ),
+    "no lpips": ({}, ["--metrics", "ppl2_wend", *NO_FEATURES], "tools/import_weights.py vgg16 vgg16-397923af.pth"),
+    "unwritable": ({}, ["--out", "WEIGHTS/results.jsonl"], "cannot write WEIGHTS: Not a directory; name another --out"),
+    "a folder": ({}, ["--out", "/"], "cannot write /: Is a directory; name another --out"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_every_mistake_is_one_line(case, shards, tmp_path):
     changes, changed, line = MISTAKES[case]
-    made, garbage, out = (tmp_path / name for name in ("made.safetensors", "weights.safetensors", "results.jsonl"))
+    made, garbage, out = (tmp_path / name for name in ("made.safetensors", "weights.safetensors", "new/results.jsonl"))
     garbage.write_bytes(b"\x10" + b"\0" * 100)
     if changes is None:
         save_file({"x": torch.zeros(1)}, made)
@@ -224,7 +229,16 @@ def test_every_mistake_is_one_line(case, shards, tmp_path):
     line = line.replace("SHARDS", str(shards)).replace("WEIGHTS", str(garbage))
     assert len(errors) == 1 and line in errors[0], result.stderr
     assert "Traceback" not in result.output and result.stdout == "" and not list(tmp_path.rglob("*.part"))
-    assert not out.exists() or out.read_text() == ""
+    assert not out.parent.exists()
+
+
+def test_features_leave_path_lengths_as_they_are_and_that_is_said(shards, snapshot, monkeypatch):
+    monkeypatch.setattr(generator_metrics, "load_lpips", StandInLPIPS)
+    options = ("--data", shards, "--metrics", "fid50_full,ppl2_wend20", "--features", TEACHER)
+    _, path_length = lines(result := run(snapshot, *options))
+    said = [line for line in result.stderr.splitlines() if "--features" in line]
+    assert said == ["--features has no say in ppl2_wend20: path lengths are LPIPS's, on VGG-16"]
+    assert path_length["protocol"]["network"] == "stand-in"
 
 
 def test_resize_is_one_of_two(snapshot):
@@ -232,21 +246,36 @@ def test_resize_is_one_of_two(snapshot):
     assert result.exit_code == 2 and "'tf1', 'clean'" in result.stderr
 
 
-def test_ctrl_c_leaves_no_half_cache(shards, snapshot, tmp_path, cache):
-    """A network that takes its time; the signal comes in the middle of the reals."""
-    weights = tmp_path / "slow.safetensors"
-    save_file(timm.create_model("resnet10t").state_dict(), weights)
-    out = tmp_path / "results.jsonl"
-    command = [sys.executable, str(EVAL), str(snapshot), "--data", str(shards), "--metrics", "fid50_full",
-               "--features", f"timm:resnet10t:{weights}", "--workers", "0", "--out", str(out)]  # fmt: skip
+# A network that takes its time, and a file that says when it is shown the first image.
+SLOW = """
+import sys, time
+from pathlib import Path
+from hsrgan.engine.metrics.extractor import Extractor
+from hsrgan.tools import eval
+
+def forward(self, images):
+    if images.any():
+        Path(sys.argv[-1]).touch()
+        time.sleep(60)
+    return real(self, images)
+
+real, Extractor.forward = Extractor.forward, forward
+eval.app(sys.argv[1:-1])
+"""
+
+
+def test_ctrl_c_leaves_nothing(shards, snapshot, tmp_path, cache):
+    """The signal comes in the middle of the reals."""
+    begun, out = tmp_path / "begun", tmp_path / "new" / "results.jsonl"
+    command = [sys.executable, "-c", SLOW, str(snapshot), "--data", str(shards), "--metrics", "fid50_full",
+               "--features", str(TEACHER), "--workers", "0", "--out", str(out), str(begun)]  # fmt: skip
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ignored in a shell's background
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:  # fmt: skip
-        while not out.exists():  # the last thing before the pass
+        while not begun.exists():
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.01)
-        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert process.returncode not in (0, 2) and "Traceback" not in output and '"metric"' not in output, output
-    assert out.read_text() == "" and not list((cache / "reals").glob("*"))
+    assert not out.parent.exists() and not list((cache / "reals").glob("*"))

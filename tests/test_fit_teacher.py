@@ -73,7 +73,7 @@ def test_the_shipped_teacher_has_learnt_from_the_digits(tmp_path):
 
 
 def test_a_folder_gives_a_teacher_and_its_figures_and_the_same_one_again(folder, tmp_path):
-    outs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    outs = [tmp_path / "a.safetensors", tmp_path / "made" / "b.safetensors"]
     for out in outs:
         code, output = run(folder, "--out", out, *TINY)
         assert code == 0, output
@@ -137,7 +137,7 @@ def test_vicreg_in_closed_form():
     (["--model", "vit_tinny_patch16_224"], "did you mean vit_tiny_patch16_224"),
     (["--model-args", "depth"], "not key=value"),
     (["--model-args", "petch_size=4"], "petch_size"),
-    (["--out", "nowhere/t.safetensors"], "nowhere"),
+    (["--out", f"{__file__}/t.safetensors"], "Not a directory; name another --out"),
 ])
 def test_mistakes_end_in_one_line(folder, tmp_path, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)

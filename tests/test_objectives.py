@@ -18,6 +18,7 @@ from hsrgan.engine.losses import ADVERSARIAL
 from hsrgan.engine.objectives import Critic, discriminator_loss, generator_loss
 from hsrgan.engine.phases import build_phases, rounds, run_phase
 from hsrgan.engine.teacher import Teacher, load_teacher
+from hsrgan.engine.tensor_files import sha256_of
 from hsrgan.tools.plain_training import plain_training, run_step
 
 
@@ -283,6 +284,8 @@ def test_a_run_with_heads_of_d_resumes_bitwise_and_goes_on_under_zero_3(tmp_path
     """Under DeepSpeed: six steps; again from the third one's checkpoint; and from there in two rounds under ZeRO 3."""
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("TEACHER", str(DIGITS)))
     straight = train(tmp_path, "run_dir=straight")
+    kept = json.loads((straight / "state.json").read_text())["teachers"]
+    assert kept == dict.fromkeys(("hsr", "projected", "vision_aided"), sha256_of(DIGITS))
     for name in ("resumed", "moved"):
         shutil.copytree(tmp_path / "straight", tmp_path / name)
         shutil.rmtree(last_checkpoint(tmp_path / name))

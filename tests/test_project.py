@@ -108,7 +108,7 @@ def test_the_recipes_teacher_is_looked_for_from_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = _line(*arguments)
     assert "teacher file recipes/digits_teacher.safetensors does not exist" in line
-    assert f"go where it was trained (this is {tmp_path}), or name one with --teacher" in line
+    assert f"go where it was trained (this is {tmp_path}), or name one with --features" in line
     monkeypatch.chdir(ROOT)
     assert _run(*arguments).exit_code == 0
 
@@ -140,7 +140,7 @@ def test_without_a_teacher_vgg16_is_taken_once_it_is_imported(folder, tmp_path, 
     monkeypatch.setenv("HSRGAN_CACHE", str(tmp_path / "cache"))
     arguments = (folder / "bare.safetensors", folder / "digit.png", "--steps", 2, "--out", tmp_path / "out")
     line = _line(*arguments)
-    assert "has no teacher to compare images with: name one with --teacher, or import VGG-16" in line
+    assert "has no teacher to compare images with: name one with --features, or import VGG-16" in line
     assert "python tools/import_weights.py vgg16 vgg16-397923af.pth" in line and not (tmp_path / "out").exists()
 
     monkeypatch.setattr(vgg16, "FEATURES", 24)  # of 4,096: the classifier, which LPIPS does not need
@@ -176,16 +176,16 @@ def test_mistakes_are_one_line(folder, tmp_path):
     assert "would both be written as digit-w.safetensors" in _line(quickstart, digit, tmp_path / "digit.png", *out)
     assert "trained without labels" in _line(quickstart, digit, "--label", 1, *out)
     assert "classes 0 to 9 (0, 1, 2, " in _line(folder / "labelled.safetensors", digit, "--label", 12, *out)
-    assert "write vgg16, a teacher's" in _line(quickstart, digit, "--teacher", "resnet50", *out)
-    assert "neither a timm model" in _line(quickstart, digit, "--teacher", "timm:resnet5000", *out)
-    assert "does not exist" in _line(quickstart, digit, "--teacher", tmp_path / "t.safetensors", *out)
+    assert "write vgg16, a teacher's" in _line(quickstart, digit, "--features", "resnet50", *out)
+    assert "neither a timm model" in _line(quickstart, digit, "--features", "timm:resnet5000", *out)
+    assert "does not exist" in _line(quickstart, digit, "--features", tmp_path / "t.safetensors", *out)
     for name, hsr, says in (
         ("moved", {"teacher": "gone.safetensors", "layers": {"8": 1}}, "teacher file gone.safetensors does not exist"),
         ("damaged", {"teacher": 3, "layers": {"8": 1}}, "its recipe's hsr is not understood"),
     ):
         made = save_quickstart(tmp_path / f"{name}.safetensors", recipe_json=json.dumps({"hsr": hsr}))
         line = _line(made, digit, *out)
-        assert says in line and "--teacher" in line
+        assert says in line and "--features" in line
     assert not (tmp_path / "out").exists()
     assert "name another --out" in _line(quickstart, digit, "--out", tmp_path / "notes.txt" / "x")
     assert "lower --lr" in _line(quickstart, digit, "--lr", 1e30, "--steps", 12, *out)

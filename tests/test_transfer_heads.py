@@ -1,7 +1,9 @@
 """init_from where heads on a teacher fit by their shapes, and were fitted to something else."""
 
 import copy
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ RECIPE = {
     "projected": {"teacher": "resnet10t", "weights": "w.pth", "layers": [1, 3]},
     "vision_aided": {"teacher": "a.safetensors", "weights": None, "layers": [1, 3]},
 }
+FILES = {"hsr": "a.safetensors", "projected": "w.pth", "vision_aided": "a.safetensors"}  # which hold their names
 HEADS = {"heads.8.", "heads.16.", "projected.", "vision_aided."}
 
 
@@ -34,16 +37,29 @@ def networks(seed):
     return {"G": GeneratorWithHeads(g, HSRHeads({8: 8, 16: 4}, {8: 5, 16: 5}, 7)), "D": d, "G_ema": copy.deepcopy(g)}
 
 
-@pytest.fixture
-def source(tmp_path, monkeypatch):
+def written(folder, **facts):
     """A checkpoint under RECIPE, whose files lie in the working folder: its networks and its path."""
-    monkeypatch.chdir(tmp_path)
     for name in ("a.safetensors", "w.pth"):
-        (tmp_path / name).write_text(name)
+        Path(name).write_text(name)
     nets = networks(0)
     parts = {name: net.state_dict() for name, net in nets.items()} | {"G_adam": {}, "D_adam": {}}
-    checkpoint.write_folder(tmp_path / "1", checkpoint._files(parts, {"format": checkpoint.FORMAT, "recipe": RECIPE}))
-    return nets, "1"
+    state = {"format": checkpoint.FORMAT, "recipe": RECIPE, **facts}
+    checkpoint.write_folder(Path(folder), checkpoint._files(parts, state))
+    return nets, folder
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """One that was written before they kept the teachers' sha256."""
+    monkeypatch.chdir(tmp_path)
+    return written("1")
+
+
+@pytest.fixture
+def hashed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sha256s = {name: hashlib.sha256(file.encode()).hexdigest() for name, file in FILES.items()}
+    return written("1", teachers=sha256s)
 
 
 def anew(source, changes: dict) -> set[str]:
@@ -83,12 +99,31 @@ def test_a_teacher_is_the_same_by_whatever_path(source, tmp_path):
     assert anew(source, {"hsr": {"teacher": "other.safetensors"}}) == {"heads.8.", "heads.16."}
 
 
-def test_a_run_asks_its_recipe_and_says_what_they_were_on(source, tmp_path, capsys):
-    here = networks(1)
+@pytest.mark.parametrize(("file", "changes", "begin"), [
+    ("a.safetensors", {}, {"heads.8.", "heads.16.", "vision_aided."}),
+    ("w.pth", {}, {"projected."}),
+    ("other", {}, set()),
+    ("other", {"projected": {"teacher": "resnet18"}, "hsr": {"layers": {"8": 2, "16": 1}}}, {"heads.8.", "projected."}),
+    ("other", {"hsr": {"teacher": "timm", "weights": "a.safetensors"}}, {"heads.8.", "heads.16."}),
+])  # fmt: skip
+def test_a_teacher_made_anew_under_its_name_is_another(hashed, file, changes, begin):
+    Path(file).write_text("fitted again")
+    assert anew(hashed, changes) == begin
+
+
+def test_a_teacher_is_known_by_its_content_when_its_old_file_is_gone(hashed):
+    Path("a.safetensors").rename("b.safetensors")
+    assert anew(hashed, {"hsr": {"teacher": "b.safetensors"}, "vision_aided": {"teacher": "b.safetensors"}}) == set()
+
+
+@pytest.mark.parametrize("kept", ["source", "hashed"])
+def test_a_run_asks_its_recipe_and_says_what_they_were_on(request, kept, tmp_path, capsys):
+    here, source = networks(1), request.getfixturevalue(kept)
     settings = recipe(run_dir=str(tmp_path), init_from=source[1])  # HSR by another teacher, and no other heads
     frozen = frozen_parameters(None, here["G"], here["D"])
     assembly.first_values(settings, World(0, 1, 0, 1, torch.device("cpu")), None, *here.values(), frozen)
     assert "new" in capsys.readouterr().out
     fates = json.loads((tmp_path / "transfer.json").read_text())["tensors"]
     found = {(fate["tensor"].split(".conv")[0], fate["why"]) for fate in fates if fate["what"] == "new"}
-    assert found == {(f"heads.{r}", f"a head on a.safetensors, layer {layer}, there") for r, layer in ((8, 3), (16, 1))}
+    file = f"a.safetensors{' (sha256 163f4dbbadd9…)' if kept == 'hashed' else ''}"
+    assert found == {(f"heads.{r}", f"a head on {file}, layer {layer}, there") for r, layer in ((8, 3), (16, 1))}

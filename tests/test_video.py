@@ -88,9 +88,30 @@ def test_a_grid_deals_out_its_keys_and_an_open_end_ends_at_the_last(snapshot, ge
         assert apart(film[frame], shown(generator, ws_of_seeds(generator, seeds), noise)) < CODEC_ERROR
     assert apart(film[0], film[-1]) > 3 * CODEC_ERROR
     assert call(snapshot, "--seeds", "0-3", "--grid", "1x2", "--seconds-per-key", 0.1, "--fps", 10,
-                "--out", tmp_path / "tall.mp4").exit_code == 0  # fmt: skip
-    with av.open(str(tmp_path / "tall.mp4")) as container:
+                "--out", tmp_path / "made" / "tall.mp4").exit_code == 0  # fmt: skip
+    with av.open(str(tmp_path / "made" / "tall.mp4")) as container:
         assert (container.streams.video[0].width, container.streams.video[0].height) == (64, 128)
+
+
+def test_a_class_for_each_key_frame_and_a_seed_through_several(tmp_path):
+    snapshot = save_quickstart(tmp_path / "m.safetensors", labels=True)
+    generator = load_snapshot(snapshot)[0]
+    options = (snapshot, "--no-loop", "--seconds-per-key", 0.5, "--fps", 4)
+    for seeds, labels, sources, classes in (
+        ("5", [3, 7, 3], [5, 5, 5], [3, 7, 3]),
+        ("5-7", [3, 7, 0], [5, 6, 7], [3, 7, 0]),
+        ("5", ["all"], [5] * 10, range(10)),
+        ("5-6", [3], [5, 6], [3, 3]),
+    ):
+        named = (part for label in labels for part in ("--label", label))
+        film = frames(*options, "--seeds", seeds, *named, out=tmp_path / "v.mp4")
+        assert len(film) == 2 * len(sources) - 1
+        for key, (seed, label) in enumerate(zip(sources, classes, strict=True)):
+            right = shown(generator, ws_of_seeds(generator, [seed], torch.eye(10)[[label]]))
+            assert apart(film[2 * key], right) < CODEC_ERROR
+        assert apart(film[0], film[2]) > 3 * CODEC_ERROR
+    few = call(*options, "--seeds", "0-3", "--label", 3, "--label", 7, "--out", tmp_path / "v.mp4")
+    assert few.exit_code == 2 and "--label names 2 classes for 4 key frames: give one for all" in few.stderr
 
 
 def test_an_edit_swings_around_a_latent_of_a_file(snapshot, generator, directions, tmp_path):
@@ -170,7 +191,7 @@ def test_mistakes_are_one_line(snapshot, directions, tmp_path, monkeypatch):
         return result.stderr
 
     assert "let its name end in .mp4" in say(snapshot, out="v.avi")
-    assert "there is no folder" in say(snapshot, out="no/v.mp4")
+    assert "nothing moves" in say(snapshot, "--seeds", "0", out="made/v.mp4")
     assert "--grid 3: write it like 3x2" in say(snapshot, "--grid", "3")
     assert "--grid 0x2: write it" in say(snapshot, "--grid", "0x2")
     uneven = say(snapshot, "--seeds", "0-6", "--grid", "3x1")

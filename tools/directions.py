@@ -61,7 +61,9 @@ from hsrgan.tools import options
 
 app = CommandLine(no_args_is_help=True)
 
-Out = Annotated[Path, typer.Option(help="The directions file to write; .png and .json go beside it.")]
+Out = Annotated[
+    Path, typer.Option(help="The directions file to write, its folder made if absent; .png and .json go beside it.")
+]
 Count = Annotated[int, typer.Option(min=1, help="How many directions, the strongest first.")]
 LayerRange = Annotated[str | None, typer.Option(help="The ws they move, such as 0-6; by default all.")]
 RandomW = Annotated[int, typer.Option(min=100, help="Random w: PCA's data, and the deviation along each direction.")]
@@ -232,6 +234,7 @@ def _write(
     directions: Directions, generator: Generator, snapshot: Path, seeds: list[int], psi: float, out: Path, batch: int,
     bars: Bars,
 ) -> None:  # fmt: skip
+    options.make_folder(out)
     _save(directions, out, shlex.join(["python", "tools/directions.py", *sys.argv[1:]]))
     ws = truncated(generator, ws_of_seeds(generator, seeds, batch=batch), psi, None)
     save_png(contact_sheet(generator, directions, ws, batch=batch, bars=bars), out.with_suffix(".png"))

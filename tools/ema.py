@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from hsrgan.engine.aside import writable
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.model import Generator
@@ -177,8 +176,7 @@ def main(
             options.spare_snapshot(path)
     used = until(stored_averages(run), at)
     fits = fit_lengths(used, length)
-    with writable(out.parent, "name another --out"):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    options.make_folder(out)
     newest, pictures = used[-1], {}
     for path, one_length, one, parameters in zip(paths, length, fits, combine(used, fits), strict=True):
         generator, kimg = reconstructed(newest, parameters), newest.images / 1000

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,11 @@ import typer
 from rich.console import Console
 
 from hsrgan.engine import distributed
-from hsrgan.engine.aside import writable
+from hsrgan.engine.aside import check_writable, writable
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError, user_errors
 from hsrgan.engine.metrics.extractor import load_extractor
-from hsrgan.engine.metrics.names import parse_metrics
+from hsrgan.engine.metrics.names import Metric, parse_metrics
 from hsrgan.engine.metrics.real_cache import RealCache
 from hsrgan.engine.metrics.registry import Scorer, needed_extractors
 from hsrgan.engine.metrics.report import Bars, comparison_chart, comparison_table, short_names
@@ -28,7 +29,7 @@ from hsrgan.engine.rendezvous import before_meeting
 from hsrgan.engine.shards import load_manifest
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.tensor_files import sha256_of
-from hsrgan.tools.options import spare_snapshot
+from hsrgan.tools import options
 
 app = CommandLine()
 
@@ -55,7 +56,7 @@ def main(
     ] = "fid50k_full",
     data: Annotated[Path | None, typer.Option(help="Packed shards of the real images.")] = None,
     features: Annotated[
-        str | None, typer.Option(help="Score with another network: timm:MODEL:FILE, or a teacher's .safetensors.")
+        str | None, typer.Option(help="Score images by another network: timm:MODEL:FILE, or a teacher's .safetensors.")
     ] = None,
     resize: Annotated[Resize, typer.Option(help="For inception and vgg16: published (tf1), or clean-fid's.")] = (
         Resize.tf1
@@ -92,7 +93,7 @@ def main(
     with user_errors(quiet=not world.first), Bars(quiet=not world.first) as bars:
         with before_meeting(world.rank, world.size):
             if out is not None:
-                spare_snapshot(out)
+                options.spare_snapshot(out)
         results = []
         scorer, generators = _prepared(
             world, snapshots, metrics, data, features, resize.value, progress=bars, seed=seed, batch=batch,
@@ -106,9 +107,7 @@ def main(
                     if facts != there:
                         raise _replaced(facts["snapshot"])
                 if out is not None and world.first:
-                    with writable(out, "name another --out"):
-                        out.parent.mkdir(parents=True, exist_ok=True)
-                        out.touch()
+                    _check_appendable(out)
             for label, (generator, facts) in zip(short_names(snapshots), generators, strict=True):
                 for result in scorer.score(generator.to(world.device), label):
                     results.append(result | facts)
@@ -140,6 +139,7 @@ def _prepared(
     """Everything that can be refused is, before anything is computed. Generators with what results say of them."""
     with before_meeting(world.rank, world.size):
         parsed = parse_metrics(metrics)
+        _check_features(features, parsed, quiet=not world.first)
         manifest = load_manifest(data) if data else None
         generators = [_load(path) for path in snapshots]
         extractors = {spec: load_extractor(spec, resize=resize) for spec in needed_extractors(parsed, features)}
@@ -151,6 +151,17 @@ def _prepared(
     for extractor in extractors.values():
         extractor.to(world.device)
     return scorer, generators
+
+
+def _check_features(features: str | None, metrics: list[Metric], *, quiet: bool) -> None:
+    """A UserError where `--features` changes no metric, a line on stderr where it leaves a path length as it is."""
+    without = [metric.name for metric in metrics if not metric.features]
+    paths = [name for name in without if name.startswith("ppl")]
+    if features and len(without) == len(metrics):
+        raise UserError(f"--features {features} has no say in {', '.join(without)}: path lengths are LPIPS's, on "
+                        "VGG-16, and ls and als ask --attributes; leave it out")
+    if features and paths and not quiet:
+        typer.echo(f"--features has no say in {', '.join(paths)}: path lengths are LPIPS's, on VGG-16", err=True)
 
 
 def _load(path: Path) -> tuple[Generator, dict]:
@@ -165,11 +176,21 @@ def _replaced(path: Path | str) -> UserError:
     return UserError(f"snapshot {path} was replaced while it was read, as a run does with its best: score a copy of it")
 
 
+def _check_appendable(out: Path) -> None:
+    """UserError where no line could be added to `out`, of which nothing is made before there is a result."""
+    if os.path.lexists(out):
+        with writable(out, options.REMEDY), out.open("a"):
+            pass
+    else:
+        check_writable(out.parent, options.REMEDY, make=False)
+
+
 def _tell(result: dict, out: Path | None) -> None:
     """One line of JSON on stdout, and at the end of `out`, where what was there stays."""
     line = json.dumps(result)
     typer.echo(line)
     if out is not None:
+        options.make_folder(out)
         with writable(out, "free space there"), out.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

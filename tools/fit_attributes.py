@@ -204,6 +204,7 @@ def main(
     batches = torch.arange(len(test.pixels)).split(256)
     logits = torch.cat([untold(test.unit(part).to(device) * 2 - 1).cpu() for part in batches])
     fitted = classifier(balanced_accuracies(logits, test_labels))
+    options.make_folder(out)
     save_attributes(out, fitted, model=model, kwargs=kwargs,
                     source=shlex.join(["python", "tools/fit_attributes.py", *sys.argv[1:]]))
     console.print(_report(fitted, test_labels))

@@ -386,6 +386,7 @@ def main(
     statistics = [torch.tensor(v).view(1, 3, 1, 1).to(device) for v in (mean, std)]
     untrained = Teacher(copy.deepcopy(net), {resolution: last}, (resolution, resolution), mean, std)
     fit(net.to(device), train, *statistics, views, kimg=kimg, batch=batch, lr=lr, console=console)
+    options.make_folder(out)
     save_teacher(out, net, model=model, kwargs=kwargs, input_size=(resolution, resolution), mean=mean, std=std,
                  command=shlex.join(["python", "tools/fit_teacher.py", *sys.argv[1:]]))
     fitted = load_teacher(str(out), layers={resolution: last})  # judged as it will be used: from the file

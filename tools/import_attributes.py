@@ -35,6 +35,7 @@ from hsrgan.engine.metrics.attributes import (
 )
 from hsrgan.engine.teacher import create_timm
 from hsrgan.engine.tensor_files import misfit, read_pth, sha256_of
+from hsrgan.tools import options
 
 CELEBA = [  # in the order of CelebA's own list_attr_celeba.txt
     "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose",
@@ -138,6 +139,7 @@ def anycost(
     """Import the ResNet50 of anycost-gan: all 40 attributes of CelebA."""
     classifier = from_anycost(file)
     source = f"mit-han-lab/anycost-gan {file.name} sha256 {sha256_of(file)}"
+    options.make_folder(out)
     save_attributes(out, classifier, model="resnet50", kwargs={"num_classes": len(CELEBA)}, source=source)
     typer.echo(f"{len(CELEBA)} attributes in {out}; their held-out accuracy is not stated by the publisher")
 
@@ -167,6 +169,7 @@ def gan_ensembling(
         one.load_state_dict(from_gan_ensembling(folder / name / BEST))
         digests.append(f"{name} sha256 {sha256_of(folder / name / BEST)}")
     source = f"chail/gan-ensembling {', '.join(digests)}"
+    options.make_folder(out)
     save_attributes(out, classifier_of(net, chosen), model=DISCRIMINATORS, kwargs={}, source=source)
     typer.echo(f"{len(chosen)} attributes in {out}; their held-out accuracy is not stated by the publisher")
 

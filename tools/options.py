@@ -12,13 +12,15 @@ import typer
 from torch import Tensor
 from typer.models import OptionInfo
 
-from hsrgan.engine.aside import check_writable
+from hsrgan.engine.aside import check_writable, writable
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.labels import multi_hot, parse_label
 from hsrgan.engine.latents import Latents, load_latents
 from hsrgan.engine.model import Generator
 from hsrgan.engine.sampler import Noise, parse_seeds, ws_of_seeds
 from hsrgan.engine.snapshot import read_metadata
+
+REMEDY = "name another --out"
 
 SnapshotFile = Annotated[Path, typer.Argument(help="A .safetensors file from a run's snapshots folder.")]
 Psi = Annotated[float, typer.Option(help="Truncation: 1 = none, 0 = the average picture.")]
@@ -55,7 +57,7 @@ class Start:
     file: Latents | None = None
 
     def ws(self, generator: Generator, c: Tensor | None, batch: int) -> Tensor:
-        """[N, num_ws, w_dim] on the CPU, not truncated; c [c_dim], or None where every seed draws its class."""
+        """[N, num_ws, w_dim] on the CPU, not truncated; c [c_dim] or [N, c_dim]; None: every seed draws its class."""
         if self.file is not None:
             return self.file.w.expand(-1, generator.num_ws, -1)
         return ws_of_seeds(generator, self.seeds, None if c is None else c.expand(len(self.seeds), -1), batch=batch)
@@ -107,12 +109,16 @@ def seeds_option(default: str) -> OptionInfo:
 
 def check_file(out: Path) -> None:
     """A UserError where no file `out` could be written, before hours of work."""
-    if not os.path.isdir(out.parent):
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
     if os.path.isdir(out):
         raise UserError(f"--out {out}: {out} is a folder; name another file")
     spare_snapshot(out)
-    check_writable(out.parent, "name another --out")
+    check_writable(out.parent, REMEDY, make=False)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of a file that is about to be written, and not before: what is refused leaves none."""
+    with writable(out.parent, REMEDY):
+        out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def check_model_file(out: Path) -> None:

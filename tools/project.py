@@ -128,10 +128,12 @@ def main(
         typer.Option(help="The class to begin from, by number or name (several with commas for a multi-label model); "
                           "all: the mean of all."),
     ] = "all",
-    teacher: Annotated[
+    features: Annotated[
         str | None,
-        typer.Option(help="What likeness is to: vgg16 (imported by tools/import_weights.py), a teacher's .safetensors, "
-                          "or timm:MODEL[:FILE]. By default the recipe's teacher, or vgg16 where it has none."),
+        typer.Option("--features", "--teacher",
+                     help="The network that likeness is to: vgg16 (imported by tools/import_weights.py), a teacher's "
+                          ".safetensors, or timm:MODEL[:FILE]. By default the recipe's teacher, or vgg16 where it has "
+                          "none."),
     ] = None,
     pixel: Annotated[float, typer.Option(min=0, help="Weight of the mean square of pixels beside it; of use "
                                           "for RGBA, which likeness sees over mid-grey alone.")] = 0.0,
@@ -147,7 +149,7 @@ def main(
 
       python tools/project.py runs/mine/snapshots/best.safetensors face.jpg --out projected
 
-      python tools/project.py ffhq.safetensors faces/*.png --space w+ --teacher vgg16 --steps 500
+      python tools/project.py ffhq.safetensors faces/*.png --space w+ --features vgg16 --steps 500
 
       python tools/sample.py ffhq.safetensors --w projected/face-w.safetensors --directions d.safetensors --edit smile=2
     """
@@ -156,7 +158,7 @@ def main(
     targets = torch.stack([read_image(path, generator) for path in images])
     c = read_label(label, generator, snapshot, metadata["dataset"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judge = likeness(teacher, metadata["recipe"], snapshot).to(device)
+    judge = likeness(features, metadata["recipe"], snapshot).to(device)
     check_writable(out, REMEDY)
     settings = Settings(space.value, steps, lr, seed, pixel)
     facts = {

@@ -23,6 +23,7 @@ from hsrgan.engine.sampler import BATCH, Noise, NoiseRows, check_psi, images_of,
 from hsrgan.engine.snapshot import load_snapshot
 from hsrgan.engine.video_file import load_av, mp4
 from hsrgan.tools import options
+from hsrgan.tools.options import Start
 
 app = CommandLine()
 
@@ -33,6 +34,21 @@ def parse_grid(text: str) -> tuple[int, int]:
     if not (columns.isdecimal() and rows.isdecimal() and int(columns) and int(rows)):
         raise UserError(f"--grid {text}: write it like 3x2: three videos side by side, in two rows")
     return int(columns), int(rows)
+
+
+def with_classes(start: Start, classes: list[Tensor | None]) -> tuple[Start, Tensor | None]:
+    """The key frames and their c [1 or K, c_dim], None where every seed draws its own: of several classes each key
+    frame has one, and a single seed is a key frame in each. Raises `UserError`.
+    """
+    if classes[0] is None:
+        return start, None
+    keys, several = len(start.names), len(classes)
+    if several > 1 and keys == 1:
+        start = Start(start.names * several, start.seeds * several)
+    elif several not in (1, keys):
+        raise UserError(f"--label names {several} classes for {keys} key frames: give one for all, one for each, or a "
+                        "single seed")
+    return start, torch.stack(classes)
 
 
 @dataclass(frozen=True)
@@ -82,14 +98,15 @@ def main(
     psi: options.Psi = 1.0,
     cutoff: options.Cutoff = None,
     label: Annotated[
-        str | None,
-        typer.Option(help="A class by number or name (several with commas for a multi-label model). By default each "
-                     "seed draws its class."),
+        list[str] | None,
+        typer.Option(help="A class by number or name (several with commas for a multi-label model), or 'all' of them. "
+                     "Repeatable: one for each key frame, or a single seed goes through them. By default each seed "
+                     "draws its class."),
     ] = None,
     noise: options.NoiseMode = Noise.const,
     edit: options.Edit = None,
     directions: options.DirectionsFiles = None,
-    out: Annotated[Path, typer.Option(help="The .mp4 to write.")] = Path("video.mp4"),
+    out: Annotated[Path, typer.Option(help="The .mp4 to write; its folder is made if absent.")] = Path("video.mp4"),
     batch: options.Batch = BATCH,
 ) -> None:  # fmt: skip
     """Make a video that moves through W: seeds are its key frames, a cubic spline leads from one to the next.
@@ -103,6 +120,8 @@ def main(
 
       python tools/video.py model.safetensors --seeds 0-35 --grid 3x2 --psi 0.7 --seconds-per-key 1.5 --out grid.mp4
 
+      python tools/video.py labelled.safetensors --seeds 5 --label 3 --label 7 --out classes.mp4
+
       python tools/video.py model.safetensors --w projected.safetensors --directions d.safetensors --edit smile=-2:2
     """
     with Bars() as bars:
@@ -113,11 +132,10 @@ def main(
         columns, rows = parse_grid(grid)
         check_psi(psi)
         generator, metadata = load_snapshot(snapshot)
-        start = options.read_start(seeds, w, label, generator, default="0-7")
+        start = options.read_start(seeds, w, " ".join(label or []) or None, generator, default="0-7")
         options.check_cutoff(cutoff, generator, snapshot)
-        labels = options.read_label(label, generator, snapshot, metadata["dataset"])
-        if len(labels) > 1:
-            raise UserError("--label all: a video is of one class; give its number")
+        labels = [options.read_label(one, generator, snapshot, metadata["dataset"]) for one in label or [None]]
+        start, classes = with_classes(start, [c for named in labels for _, c in named])
         edits = read_edits(edit or [], directions or [], generator, snapshot)
         cells, per_key = columns * rows, max(1, round(fps * seconds_per_key))
         keys = len(start.names) // cells
@@ -129,7 +147,7 @@ def main(
                             "--edit smile=-2:2")
 
         generator = place(generator)
-        ws = truncated(generator, start.ws(generator, labels[0][1], batch), psi, cutoff)
+        ws = truncated(generator, start.ws(generator, classes, batch), psi, cutoff)
         count = keys * per_key if loop or keys == 1 else (keys - 1) * per_key + 1
         film = Film([KeyFrames(part, loop=loop) for part in ws.split(keys)], edits, count, per_key, loop)
         held = None  # the noise of each video of the grid
@@ -140,6 +158,7 @@ def main(
         rows_of_noise = None if held is None else (lambda at: held[[i % cells for i in at]])
         pictures = film.pictures(generator, columns, noise_mode=noise.value, noise=rows_of_noise, batch=batch)
         bars("frames", 0, count)
+        options.make_folder(out)
         with mp4(out, fps) as video:
             for done, picture in enumerate(pictures, 1):
                 video.add(picture)
