@@ -2,12 +2,13 @@
 # Everything that a GPU must show, and all that is measured on one. Run it on every new kind of GPU, then commit what it
 # changed: kernels/blocks.json, kernels/convolutions.json, benchmarks/*.
 #
-#     benchmarks/gpu.sh                        # all five stages: on 16 cores and one H200 reckon with an hour
+#     benchmarks/gpu.sh                        # all stages: reckon with an hour
 #     benchmarks/gpu.sh builds tests           # some of them
 #     SECONDS_EACH=540 STYLEGAN3=../stylegan3 OUT=/tmp/rows benchmarks/gpu.sh kernels
 #
 # builds   compiles every kernel on all cores, which fills Triton's cache for the stages behind it
 # tests    every test of a kernel, on the GPU in place of the interpreter
+# train    the quickstart on the GPU, with fp16, path length, mixing and ADA, then resumed
 # tune     block sizes and convolutions, into the two tables
 # kernels  every op beside eager PyTorch and NVIDIA's at the layers of shapes.yaml, then beside torch.compile (minutes)
 # steps    whole training steps, as published, with tf32 and in half precision throughout
@@ -24,6 +25,16 @@ run() { timeout -s INT -k 30 "$limit" "$@"; }
 
 builds() { run "$python" tools/kernel_builds.py --target "$target" --dtype float16; }
 tests() { run "$python" -m pytest tests -n "$(nproc)" -q -x --maxfail=20 -k "triton or backends"; }
+train() {
+    local folder kimg
+    folder="$(mktemp -d)"
+    for kimg in 4 8; do
+        run "$python" engine/train.py recipes/quickstart.yaml run_dir="$folder/run" kimg=$kimg device=cuda \
+            precision=fp16 path_length.weight=2 generator.mixing_prob=0.9 augment.mode=ada || return 1
+    done
+    grep -h cuda_graphs "$folder/run/log.jsonl" && return 1 # a graph that could not be recorded says so there
+    rm -rf "$folder"
+}
 tune() { run "$python" tools/tune_kernels.py; }
 kernels() {
     local bench=(tools/bench_kernels.py --shapes benchmarks/shapes.yaml) ours=hsrgan,library,gemm,eager
@@ -56,7 +67,7 @@ EOF
 ) || { echo "no GPU here: nothing was run" >&2; exit 1; }
 
 failed=0
-for stage in "${@:-builds tests tune kernels steps}"; do
+for stage in "${@:-builds tests train tune kernels steps}"; do
     for each in $stage; do
         echo "==> $each on $name"
         "$each" || { echo "==> $each: exit code $?" >&2; failed=$((failed + 1)); }
