@@ -110,7 +110,8 @@ class Conv(nn.Module):
     ) -> Tensor:
         """`residual` [N, out, h', w'] is added last, after the clamp.
 
-        blurs: the result is blurred for a 3×3 layer with down=2 that follows and is told that its x is `blurred`.
+        blurs: the result is blurred for a 3×3 layer with down=2 that follows and is told that its x is `blurred`, as a
+        1×1 layer with down=2 is whose x has been through `downsample2d_branch`.
         """
         f = self.taps if self.up > 1 or self.down > 1 else None
         weight = self.weight * self.weight_gain

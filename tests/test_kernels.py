@@ -69,6 +69,17 @@ def resample_case(name, n, c, h, w):
     return name, [normal(n, c, h, w)], lambda op: lambda x: op(x, TAPS, gain=1.5)
 
 
+def branch_case(n, c, h, w):
+    def call(op):
+        def both(x):
+            half, x = op(x, TAPS)
+            return half + torch.nn.functional.avg_pool2d(x * x, 2)
+
+        return both
+
+    return "downsample2d_branch", [normal(n, c, h, w)], call
+
+
 ACTS = ("lrelu", "relu", "linear", "swish", "tanh", "sigmoid")
 CASES = {
     **{f"bias_act-{act}": lambda n, h, w, act=act: bias_act_case(n, 3, h, w, act=act) for act in ACTS},
@@ -82,6 +93,7 @@ CASES = {
     "upfirdn2d-crop": lambda n, h, w: upfirdn2d_case(n, 3, h, w, None, up=(1, 2), padding=(-1, 0, 0, -1)),
     "upsample2d": lambda n, h, w: resample_case("upsample2d", n, 3, h, w),
     "downsample2d": lambda n, h, w: resample_case("downsample2d", n, 3, h, w),
+    "downsample2d_branch": lambda n, h, w: branch_case(n, 3, h, w),
     **{f"conv2d-{k}x{k}": lambda n, h, w, k=k: conv2d_case(n, 3, h, w, k) for k in (1, 3, 5)},
     **{f"conv2d-{k}x{k}-up": lambda n, h, w, k=k: conv2d_case(n, 3, h, w, k, up=2) for k in (1, 3)},
     **{f"conv2d-{k}x{k}-down": lambda n, h, w, k=k: conv2d_case(n, 3, h, w, k, down=2) for k in (1, 3)},
