@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hsrgan.engine.layers import Conv, Linear, SynthesisLayer, ToRGB, append_minibatch_std, register_filter
-from hsrgan.kernels import downsample2d
+from hsrgan.kernels import downsample2d, downsample2d_branch
 
 
 class SynthesisBlock(nn.Module):
@@ -113,7 +113,10 @@ class DiscriminatorBlock(nn.Module):
             x = self.fromrgb(img, residual=x)
             if self.pyramid:
                 img = downsample2d(img, self.taps)
-        residual = None if self.skip is None else self.skip(x)
+        residual = None
+        if self.skip is not None:
+            half, x = downsample2d_branch(x, self.skip.taps)
+            residual = self.skip(half, blurred=True)
         return self.conv1(self.conv0(x, blurs=True), residual=residual, blurred=True), img
 
 

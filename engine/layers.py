@@ -72,7 +72,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # x bears the weight's scale: it is smaller, and the weight's gradient then needs no scaling either
-        y = torch.addmm(self.bias * self.bias_gain, x * self.weight_gain, self.weight.t())
+        bias = self.bias if self.bias_gain == 1 else self.bias * self.bias_gain  # every launch counts where G is small
+        y = torch.addmm(bias, x * self.weight_gain, self.weight.t())
         return y if self.act == "linear" else F.leaky_relu(y, 0.2)
 
 
@@ -110,7 +111,8 @@ class Conv(nn.Module):
     ) -> Tensor:
         """`residual` [N, out, h', w'] is added last, after the clamp.
 
-        blurs: the result is blurred for a 3×3 layer with down=2 that follows and is told that its x is `blurred`.
+        blurs: the result is blurred for a 3×3 layer with down=2 that follows and is told that its x is `blurred`, as a
+        1×1 layer with down=2 is whose x has been through `downsample2d_branch`.
         """
         f = self.taps if self.up > 1 or self.down > 1 else None
         weight = self.weight * self.weight_gain

@@ -76,7 +76,8 @@ class Phase:
                 found = torch.autograd.grad(loss, trained, allow_unused=True)
             else:
                 scaled = torch.autograd.grad(loss * self.scale, trained, allow_unused=True)
-                found = [None if gradient is None else gradient / self.scale for gradient in scaled]
+                known = iter(torch._foreach_div([g for g in scaled if g is not None], self.scale))  # a few launches
+                found = [None if gradient is None else next(known) for gradient in scaled]
         found = iter(found)
         gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
         means = {name: value.detach() for name, value in told.means.items()}

@@ -22,6 +22,8 @@ from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_t
 from hsrgan.kernels.to_rgb import to_rgb, to_rgb_torch
 from hsrgan.kernels.upfirdn2d import (
     downsample2d,
+    downsample2d_branch,
+    downsample2d_branch_torch,
     downsample2d_torch,
     upfirdn2d,
     upfirdn2d_torch,
@@ -43,6 +45,8 @@ __all__ = [
     "conv2d_bias_act_torch",
     "conv2d_torch",
     "downsample2d",
+    "downsample2d_branch",
+    "downsample2d_branch_torch",
     "downsample2d_torch",
     "feature_match",
     "feature_match_torch",

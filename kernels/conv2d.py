@@ -70,8 +70,8 @@ def conv2d(
     """Convolution that keeps the size, doubles it (up=2) or halves it (down=2); dtype and memory format of x.
 
     x [N, Cin, H, W]; weight [Cout, Cin, k, k], k odd (1 or 3 when resampling), cast to the dtype of x; f the resampling
-    filter, 2-d or 1-d separable, a constant. blurred: x has been through the FIR of a 3×3 down=2 already, with
-    `blur_padding`. Differentiable any number of times in x and weight.
+    filter, 2-d or 1-d separable, a constant. blurred: x has been through the FIR already, of a 3×3 down=2 with
+    `blur_padding`, of a 1×1 down=2 by `downsample2d`. Differentiable any number of times in x and weight.
     """
     check_conv2d(x, weight, up, down, f)
     x = before(x, weight, down, f, blurred)

@@ -7,6 +7,7 @@ with a pointwise chain in front of it or behind it.
           "activate"  v = chain(x + bias)                           chain: clamp(act(·)·gain), pointwise_triton
           "slope"     v = x·m             and the sums over pixels Σ v, Σ x·source where unclamped, Σ v·noise
     BACK  "none"      y = z·demod
+          "add"       y = z·demod + source
           "activate"  y = chain(z·demod + noise·strength + bias)
           "slope"     y = m·z             and Σ y
           "tangent"   y = m·(z·demod + add + noise·noise_add) + source·source_add where unclamped,
@@ -155,6 +156,8 @@ def _emit(z, n, row, col, size, chan_ok, y, y2, source, other, noise, vectors, H
         if HAS_NOISE:
             value += _load_map(noise, n, row, col, pixel_ok, ACC) * strength
         value = pointwise(value + bias, ACT, SLOPE, GAIN, CLAMP)
+    elif BACK == "add":
+        value += _load(source, n, row, col, ok, ACC)
     elif BACK == "slope":
         s = _load(source, n, row, col, ok, ACC)
         value = tl.where(ok, _slope(value, s, bias, OF_Y, ACT, SLOPE, GAIN, CLAMP), 0.0)

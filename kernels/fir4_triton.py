@@ -94,7 +94,8 @@ def launch_fir4(
         skip_x, skip_y, lead_x, lead_y = 0, 0, x0, y0
         steps_x, steps_y = (out_w if down == 2 else (out_w + 1) // 2), out_h
     kind = "blur" if front == "none" and back in ("none", "activate") else "chain" if source is None else "source"
-    shape = _shape(y, steps_y, steps_x, "fir4.resample" if max(up, down) > 1 else f"fir4.{kind}")
+    kind = "join" if back == "add" else "resample" if max(up, down) > 1 else kind
+    shape = _shape(y, steps_y, steps_x, f"fir4.{kind}")
     strips, blocks = -(-steps_y // shape["ROWS"]), -(-steps_x // shape["COLS"])
     planes = len(sums)
     partial = None

@@ -184,3 +184,26 @@ def upsample2d(x: Tensor, f: Tensor, *, gain: float = 1.0) -> Tensor:
 def downsample2d(x: Tensor, f: Tensor, *, gain: float = 1.0) -> Tensor:
     """[N, C, H, W] → [N, C, H//2, W//2] with the filter f (sum 1)."""
     return upfirdn2d(x, f, down=2, padding=_image_sides(f, down_padding), gain=gain)
+
+
+def downsample2d_branch_torch(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition of `downsample2d_branch`."""
+    return downsample2d_torch(x, f), x
+
+
+def downsample2d_branch(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """(`downsample2d` of x, x itself): for a residual block, whose other branch takes the x that is returned.
+
+    The gradient of that branch then comes through here, and the FIR adds it in its own pass over memory, where autograd
+    would write both and read both again to add them. Differentiable any number of times in x.
+    """
+    launch.check_images(x)
+    check_filter(f, x)
+    sides = _image_sides(f, down_padding)
+    output_shape(x, f, (1, 1), (2, 2), sides)
+    if launch.backend(x) == "triton":
+        from hsrgan.kernels.upfirdn2d_triton import Branch, has_fast_path
+
+        if has_fast_path(f, (1, 1), (2, 2)):
+            return Branch.apply(x, f.detach(), (1, 1), (2, 2), sides, False, 1.0)
+    return downsample2d(x, f), x

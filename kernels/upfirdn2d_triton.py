@@ -92,6 +92,21 @@ def has_fast_path(f: Tensor, up: Pair, down: Pair) -> bool:
     return f.ndim == 1 and len(f) == 4 and (up, down) in (((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 1), (2, 2)))
 
 
+def _resampled(
+    x: Tensor, f: Tensor, up: Pair, down: Pair, sides: Sides, flip: bool, gain: float, nhwc: bool
+) -> Tensor:
+    """upfirdn2d(x) without a graph, channels_last if nhwc."""
+    (x0, x1, y0, y1), (n, c, h, w) = sides, x.shape
+    out_h = output_size(h, up[1], down[1], y0, y1, f.shape[0])
+    out_w = output_size(w, up[0], down[0], x0, x1, f.shape[-1])
+    y = empty(x, n, c, out_h, out_w, nhwc=nhwc)
+    if has_fast_path(f, up, down):
+        launch_fir4(x, f, y, up=up[0], down=down[0], sides=sides, flip=flip, gain=gain)
+    else:
+        _general(x, f, y, up, down, sides, flip, gain)
+    return y
+
+
 class UpFirDn(Function):
     """x, f → upfirdn2d(x), channels_last if nhwc. Differentiable any number of times in x: the gradient is one too."""
 
@@ -100,21 +115,51 @@ class UpFirDn(Function):
         ctx.save_for_backward(f)
         ctx.up, ctx.down, ctx.sides, ctx.flip, ctx.gain = up, down, sides, flip, gain
         ctx.size, ctx.nhwc = x.shape[2:], is_nhwc(x)
-        (x0, x1, y0, y1), (n, c, h, w) = sides, x.shape
-        out_h = output_size(h, up[1], down[1], y0, y1, f.shape[0])
-        out_w = output_size(w, up[0], down[0], x0, x1, f.shape[-1])
-        y = empty(x, n, c, out_h, out_w, nhwc=nhwc)
-        if has_fast_path(f, up, down):
-            launch_fir4(x, f, y, up=up[0], down=down[0], sides=sides, flip=flip, gain=gain)
-        else:
-            _general(x, f, y, up, down, sides, flip, gain)
-        return y
+        return _resampled(x, f, up, down, sides, flip, gain, nhwc)
 
     @staticmethod
     def backward(ctx, g):
         (f,) = ctx.saved_tensors
         sides = adjoint_sides(ctx.sides, ctx.up, ctx.down, f, ctx.size, g.shape[2:])
         return UpFirDn.apply(g, f, ctx.down, ctx.up, sides, not ctx.flip, ctx.gain, ctx.nhwc), *[None] * 7
+
+
+class Branch(Function):
+    """x, f → (upfirdn2d(x), x), by `fir4`. Its gradient is a `Join`, whose gradient is a Branch: any order holds."""
+
+    @staticmethod
+    def forward(ctx, x, f, up, down, sides, flip, gain):
+        ctx.save_for_backward(f)
+        ctx.up, ctx.down, ctx.sides, ctx.flip, ctx.gain, ctx.size = up, down, sides, flip, gain, x.shape[2:]
+        ctx.set_materialize_grads(False)
+        return _resampled(x, f, up, down, sides, flip, gain, is_nhwc(x)), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g, gx):
+        (f,) = ctx.saved_tensors
+        if g is not None:
+            sides = adjoint_sides(ctx.sides, ctx.up, ctx.down, f, ctx.size, g.shape[2:])
+            back = (f, ctx.down, ctx.up, sides, not ctx.flip, ctx.gain)
+            gx = UpFirDn.apply(g, *back, is_nhwc(g)) if gx is None else Join.apply(g, gx, *back)
+        return gx, *[None] * 6
+
+
+class Join(Function):
+    """x, other, f → upfirdn2d(x) + other, in one pass."""
+
+    @staticmethod
+    def forward(ctx, x, other, f, up, down, sides, flip, gain):
+        ctx.save_for_backward(f)
+        ctx.up, ctx.down, ctx.flip, ctx.gain = up, down, flip, gain
+        ctx.sides = adjoint_sides(sides, up, down, f, x.shape[2:], other.shape[2:])
+        y = torch.empty_like(other)
+        launch_fir4(x, f, y, up=up[0], down=down[0], sides=sides, flip=flip, gain=gain, back="add", source=other)
+        return y
+
+    @staticmethod
+    def backward(ctx, h):
+        (f,) = ctx.saved_tensors
+        return *Branch.apply(h, f, ctx.down, ctx.up, ctx.sides, not ctx.flip, ctx.gain), *[None] * 6
 
 
 def adjoint_sides(sides: Sides, up: Pair, down: Pair, f: Tensor, size: torch.Size, out: torch.Size) -> Sides:

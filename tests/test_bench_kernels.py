@@ -129,6 +129,13 @@ def test_bytes_are_those_that_any_implementation_moves():
     assert moved == {"forward": 2 * x + bias, "backward": 3 * x + 2 * bias, "double": 5 * x + 2 * bias}
 
 
+def test_an_output_that_is_an_input_is_not_written():
+    branch = kernel_timing.Call("", "downsample2d_branch", {"x": (2, 4, 8, 8), "f": (4,)}, constants=("f",))
+    x, half, f = 2 * 4 * 8 * 8 * 2, 2 * 4 * 4 * 4 * 2, 4 * 4
+    cases = kernel_timing.cases([branch], [torch.float16], ["forward", "backward"])
+    assert [kernel_timing.bytes_of(case) for case in cases] == [x + f + half, x + f + (half + x) + x]
+
+
 def test_compiled_functions_have_no_second_derivative_and_a_case_no_third():
     feature = next(kernel_shapes.feature_match(1, 4, 8))
     cases = kernel_timing.cases([feature], [torch.float32], list(kernel_timing.MODES))

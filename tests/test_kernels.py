@@ -11,6 +11,7 @@ from op_inputs import SKEW, TAPS, _one_thread, normal  # noqa: F401  (a fixture)
 from torch.autograd import gradcheck, gradgradcheck
 
 from hsrgan import kernels
+from hsrgan.kernels.modulated_conv2d import demodulation, normalize_for_half
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -69,6 +70,17 @@ def resample_case(name, n, c, h, w):
     return name, [normal(n, c, h, w)], lambda op: lambda x: op(x, TAPS, gain=1.5)
 
 
+def branch_case(n, c, h, w):
+    def call(op):
+        def both(x):
+            half, x = op(x, TAPS)
+            return half + torch.nn.functional.avg_pool2d(x * x, 2)
+
+        return both
+
+    return "downsample2d_branch", [normal(n, c, h, w)], call
+
+
 ACTS = ("lrelu", "relu", "linear", "swish", "tanh", "sigmoid")
 CASES = {
     **{f"bias_act-{act}": lambda n, h, w, act=act: bias_act_case(n, 3, h, w, act=act) for act in ACTS},
@@ -82,6 +94,7 @@ CASES = {
     "upfirdn2d-crop": lambda n, h, w: upfirdn2d_case(n, 3, h, w, None, up=(1, 2), padding=(-1, 0, 0, -1)),
     "upsample2d": lambda n, h, w: resample_case("upsample2d", n, 3, h, w),
     "downsample2d": lambda n, h, w: resample_case("downsample2d", n, 3, h, w),
+    "downsample2d_branch": lambda n, h, w: branch_case(n, 3, h, w),
     **{f"conv2d-{k}x{k}": lambda n, h, w, k=k: conv2d_case(n, 3, h, w, k) for k in (1, 3, 5)},
     **{f"conv2d-{k}x{k}-up": lambda n, h, w, k=k: conv2d_case(n, 3, h, w, k, up=2) for k in (1, 3)},
     **{f"conv2d-{k}x{k}-down": lambda n, h, w, k=k: conv2d_case(n, 3, h, w, k, down=2) for k in (1, 3)},
@@ -232,3 +245,19 @@ def test_clamp_that_the_dtype_cannot_hold_still_stops_gradients(dtype):
     x = torch.full((1, 1, 1, 4), 1000.0, dtype=dtype).requires_grad_()
     y = kernels.bias_act(x, act="lrelu", clamp=256 * 0.5**0.5)
     assert torch.autograd.grad(y.sum(), x)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_normalisation_for_half_precision_needs_no_gradient(order):
+    """Demodulation undoes it: with its maxima as constants a layer has the derivatives of one without it."""
+    x, weight, style = normal(2, 5, 4, 4), normal(3, 5, 3, 3).requires_grad_(), normal(2, 5).requires_grad_()
+    found = []
+    for prepare in (lambda w, s: (w, s), normalize_for_half):
+        w, s = prepare(weight, style)
+        y = kernels.conv2d_torch(x * s[:, :, None, None], w) * demodulation(w, s)[:, :, None, None]
+        gradients = torch.autograd.grad(y.sin().sum(), [weight, style], create_graph=True)
+        if order == 2:
+            gradients = torch.autograd.grad(sum(g.square().sum() for g in gradients), [weight, style])
+        found.append(gradients)
+    for plain, normalised in zip(*found, strict=True):
+        assert (plain - normalised).norm() <= 1e-5 * plain.norm()

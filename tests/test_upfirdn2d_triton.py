@@ -55,6 +55,40 @@ def test_layouts_of_the_other_rates(kind):
     check(CASES[kind], "layouts")
 
 
+def both(op):
+    def joined(x):
+        half, x = op(x, TAPS.to(x.device))
+        return half + torch.nn.functional.avg_pool2d(x * x, 2)
+
+    return joined
+
+
+BRANCH = OpCase(
+    "branch", both(kernels.downsample2d_branch), both(kernels.downsample2d_branch_torch),
+    lambda n, c, h, w: [torch.randn(n, c, h, w, dtype=torch.float64)],
+    precise_order=2, layout_sizes=((2, 3, 2, 4),), precision_sizes=((1, 16, 4, 6),), gradcheck_size=(1, 2, 4, 4),
+    sizes=((1, 1, 4, 3), (1, 7, 3, 2), (1, 63, 2, 2), (1, 3, 2, 63), (0, 3, 4, 5)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["bounds", "poison", "values", "gradients", "second", "layouts", "precision"])
+def test_contract_of_a_branch(name):
+    check(BRANCH, name)
+
+
+@pytest.mark.parametrize("who", [(True, True), (True, False), (False, True)], ids=str)
+def test_a_branch_adds_the_other_gradient_in_the_pass_of_its_own(who):
+    """One launch, and no addition: what is not differentiated is not computed either."""
+    x = torch.empty(2, 16, 8, 8, device="meta").requires_grad_()
+    with launch.record() as launches:
+        outputs = kernels.downsample2d_branch(x, torch.empty(4, device="meta"))
+        launches.clear()
+        used = [y for y, wanted in zip(outputs, who, strict=True) if wanted]
+        (gx,) = torch.autograd.grad(used, x, [torch.empty_like(y) for y in used])
+    assert [run.constants["BACK"] for run in launches] == {(True, True): ["add"], (True, False): ["none"]}.get(who, [])
+    assert gx.shape == x.shape
+
+
 def same(x, f, **options):
     one = OpCase("", call(kernels.upfirdn2d, f, **options), call(kernels.upfirdn2d_torch, f, **options), None)
     truth, fast, watch = truth_and_op(one, [x], 1)

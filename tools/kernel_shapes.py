@@ -102,6 +102,7 @@ def upfirdn2d(n: int, c: int, r: int) -> Iterator[Call]:
         yield Call("G image, up", "upsample2d", {"x": (n, 3, r // 2, r // 2), "f": (4,)}, low=(), constants=constants)
     yield Call("D conv1, blur", "upfirdn2d", {"x": (n, c, r, r), "f": (4,)}, {"padding": 2}, constants=constants)
     yield Call("D skip, down", "downsample2d", {"x": (n, c, r, r), "f": (4,)}, constants=constants)
+    yield Call("D skip, branch", "downsample2d_branch", {"x": (n, c, r, r), "f": (4,)}, constants=constants)
 
 
 def fir_chain(n: int, c: int, r: int) -> Iterator[Call]:

@@ -105,19 +105,15 @@ def bytes_of(case: Case) -> int:
     """What any implementation must move, from the shapes alone."""
     tensors = case.call.make(case.dtype)
     with torch.no_grad():
-        y = _outputs(case.call, tensors)
+        ys = case.call.function(getattr(kernels, f"{case.call.op}_torch"))(**tensors)  # on meta tensors
+    y = sum(y.nbytes for y in ys)
     inputs = sum(t.nbytes for t in tensors.values())
     leaves = sum(t.nbytes for t in tensors.values() if t.requires_grad)
     if case.mode == "forward":
-        return inputs + y
+        return inputs + sum(y.nbytes for y in ys if all(y is not t for t in tensors.values()))
     if case.mode == "backward":
         return inputs + y + leaves
     return inputs + y + tensors["x"].nbytes + leaves + y
-
-
-def _outputs(call: Call, tensors: dict[str, Tensor]) -> int:
-    """Bytes of the op's results; the definition on meta tensors tells."""
-    return sum(y.nbytes for y in call.function(getattr(kernels, f"{call.op}_torch"))(**tensors))
 
 
 class Truth:

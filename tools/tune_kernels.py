@@ -63,6 +63,7 @@ PROBES = (
     Probe("bias_act.sums", "G layer", "backward", "first"),
     Probe("fir4.blur", "D conv1, blur", "forward", "fir4"),
     Probe("fir4.resample", "D skip, down", "forward", "fir4"),
+    Probe("fir4.join", "D skip, branch", "backward", "fir4"),
     Probe("fir4.chain", "D conv0 + blur", "forward", "fir4"),
     Probe("fir4.source", "G conv0, FIR + layer", "backward", "fir4"),
     Probe("upfirdn2d", "2-d filter", "forward", "general"),
