@@ -220,6 +220,8 @@ class Sharded:
             "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0 and clips in silence
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
+            # its hook on the module's forward waits for the device, and no CUDA graph can be recorded through that
+            "timers": {"throughput": {"enabled": False}},
             "zero_optimization": zero,
         }
         self.engine, *_ = deepspeed.initialize(
