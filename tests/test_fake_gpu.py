@@ -3,7 +3,9 @@ noted instead of launched. What would read from a GPU, mix its tensors with the 
 """
 
 import copy
+from pathlib import Path
 
+import on_gpu
 import pytest
 import test_graphs
 import torch
@@ -164,3 +166,20 @@ def _mixes(t):
 def test_what_would_wait_is_caught(gpu, spoil):
     with pytest.raises((AssertionError, RuntimeError), match=r"host|meta"):
         steps(gpu[0], spoil, hsr=None)
+
+
+def test_tests_of_kernels_put_on_a_gpu_what_they_would_draw_on_the_cpu(monkeypatch):
+    real_placed = on_gpu.Placed
+    torch.manual_seed(0)
+    drawn = torch.randn(3)
+    with on_gpu.Placed("meta"):
+        leaf = torch.randn(3, requires_grad=True)
+        assert torch.zeros(2).is_meta and leaf.is_meta and leaf.is_leaf and not torch.zeros(2, device="cpu").is_meta
+    torch.manual_seed(0)
+    with on_gpu.Placed("cpu"):
+        assert torch.equal(torch.randn(3), drawn)
+    monkeypatch.setattr(on_gpu, "device", lambda: "cuda")
+    monkeypatch.setattr(on_gpu, "Placed", lambda place: real_placed("meta" if place == "cuda" else place))
+    for path, there in (("test_to_rgb_triton.py", True), ("test_to_rgb.py", False)):
+        with on_gpu.placed(Path(path)):
+            assert torch.zeros(2).is_meta == there
