@@ -1,6 +1,6 @@
 """Triton runs interpreted in the tests: on the CPU, for want of a GPU. Set before any kernel is imported.
 
-With TRITON_INTERPRET=0, on a machine with a GPU, `pytest tests -k triton` tests the kernels there (on_gpu.py).
+With TRITON_INTERPRET=0, on a machine with a GPU, `pytest tests -k "triton or cuda"` tests them there (on_gpu.py).
 """
 
 import os
