@@ -122,7 +122,7 @@ def _as_loaded(byte, DOT: tl.constexpr):
     """byte. In fp64 behind a maximum of one: Triton takes the narrowest value that a product's operand is made of for
     its width, looks through all but such sums, and at 8 bits for 64 fails to compile.
     """
-    if DOT == tl.float64:
+    if tl.float64 == DOT:
         byte = tl.max(byte[None], 0)
     return byte
 
