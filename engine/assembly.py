@@ -76,6 +76,7 @@ def stream(
         manifest, seed=recipe.seed, start=start, global_batch=recipe.batch, rank=world.rank, world=world.size,
         workers=recipe.data.workers, window=recipe.data.window, mirror=recipe.data.mirror,
         resampled=recipe.data.resampled, balanced=recipe.data.balanced, faults=faults,
+        pinned=world.device.type == "cuda",
     )  # fmt: skip
 
 

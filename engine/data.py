@@ -294,13 +294,15 @@ def open_stream(
     resampled: bool = False,
     balanced: bool = False,
     faults: DataFaults | None = None,
+    pinned: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless batches (images uint8 [M,C,H,W], labels float32 [M,num_classes] of 0 and 1), M = global_batch / world.
 
     Batch b holds positions [start + b·G, start + (b+1)·G), G = global_batch, of which this rank gets the contiguous
     slice [rank·M, (rank+1)·M). The sequence is the same for any number of ranks and workers; to resume, give `start`
     the images seen so far. mirror: half of the positions, fixed by seed and position, are flipped left to right.
-    The images are in channels_last memory (how decoders write them). Batches read ahead are not counted anywhere.
+    The images are in channels_last memory (how decoders write them); pinned: for a GPU, as a copy out of any other
+    memory would first wait for it. Batches read ahead are not counted anywhere.
 
     Shards are checked for presence and size before this returns, remote ones as they come. A sample that cannot be
     used is replaced (`Reader`) where the manifest's `max_bad` is not 0, and told to `faults`, whose owner decides; with
@@ -332,7 +334,7 @@ def open_stream(
         num_workers=workers,
         worker_init_fn=_start_worker,
         multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
-        pin_memory=torch.cuda.is_available(),  # or each copy to the GPU would first wait for it
+        pin_memory=pinned,
     )
     faults = faults or DataFaults(manifest)
     return _batches(iter(loader), manifest.num_classes, faults, f"rank {rank}: " if world > 1 else "")

@@ -80,8 +80,10 @@ def start(world: World, patience: float = rendezvous.PATIENCE) -> None:
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # A faster all-reduce between CPU processes, compiled for half a minute at first use: not worth a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.device.type == "cpu":
+        # A faster all-reduce between CPU processes, compiled for half a minute at first use: not worth a compiler. On a
+        # GPU nothing asks for this table, and to make it takes seconds, compilers and warnings.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     rendezvous.meet(world.rank, world.size, backend, patience, COLLECTIVE)
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE, verbose=False)
@@ -220,6 +222,8 @@ class Sharded:
             "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0 and clips in silence
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
+            # its hook on the module's forward waits for the device, and no CUDA graph can be recorded through that
+            "timers": {"throughput": {"enabled": False}},
             "zero_optimization": zero,
         }
         self.engine, *_ = deepspeed.initialize(

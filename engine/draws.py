@@ -19,6 +19,13 @@ from hsrgan.engine.labels import ClassCounts, LabelSets
 _LATENT, _BATCH, _NOISE, _DIRECTION, _UNIFORM, _AUGMENT, _PIXEL = range(7)
 
 
+def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Of the host's, on the device. A copy out of memory that is not pinned would first wait for the GPU."""
+    if device.type == "cuda" and values.numel():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 class Latents(NamedTuple):
     """What one pass of G starts from: z and the second z of style mixing [n, z_dim], labels of 0 and 1
     [n, num_classes], all float32.
@@ -58,10 +65,7 @@ class Draws:
             if self._ends is not None:
                 drawn = np.searchsorted(self._ends, generator.integers(self._ends[-1]), side="right")
                 c[row, list(self._labels[drawn])] = 1
-        z, c = (
-            torch.from_numpy(z).to(self.device, non_blocking=True),
-            torch.from_numpy(c).to(self.device, non_blocking=True),
-        )
+        z, c = (sent(torch.from_numpy(values), self.device) for values in (z, c))
         return Latents(z[0], z[1], c)
 
     def mixing_cutoff(self, phase: int, position: int, num_ws: int, probability: float) -> int:
@@ -94,7 +98,7 @@ class Draws:
             generator = self._host(_AUGMENT, phase, position)
             row[:uniform] = generator.random(uniform, np.float32)
             row[uniform:] = generator.standard_normal(normal, np.float32)
-        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+        return sent(torch.from_numpy(rows), self.device)
 
     def pixels(self, phase: int, positions: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """Standard normal [n, *shape]: the noise that augmentation adds to an image."""

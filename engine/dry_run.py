@@ -28,6 +28,7 @@ from torch import nn
 from hsrgan.engine import assembly, checkpoint, distributed, graphs
 from hsrgan.engine.aside import check_writable
 from hsrgan.engine.config import Recipe, check_paths, check_same_networks
+from hsrgan.engine.draws import sent
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
 from hsrgan.engine.faults import Preemption
@@ -224,7 +225,7 @@ def probe(
 
     def load(step: int) -> None:
         reals, labels = next(stream)
-        now[:] = assembly.to_float(reals, world.device), labels[:, : t.generator.c_dim].to(world.device)
+        now[:] = assembly.to_float(reals, world.device), sent(labels[:, : t.generator.c_dim], world.device)
 
     def run(phase: Phase) -> Callable[[int], None]:
         return lambda step: run_phase(phase, t, first + step * recipe.batch, *now)

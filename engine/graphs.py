@@ -55,11 +55,24 @@ class Cuda:
         with torch.cuda.stream(self.stream):
             for _ in range(WARM_UPS):
                 run()
-            # thread_local: the thread that pins the loader's images and NCCL's watchdog may go on
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                outputs = run()
+            try:
+                # thread_local: the thread that pins the loader's images and NCCL's watchdog may go on
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    outputs = run()
+            except RuntimeError:
+                self._leave()
+                raise
         torch.cuda.current_stream().wait_stream(self.stream)
         return graph.replay, outputs
+
+    def _leave(self) -> None:
+        """A capture that CUDA broke off PyTorch does not end: its allocator would go on in it, which holds the pool's
+        memory and, where memory is wanted, frees none that is cached.
+        """
+        device = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):  # it has ended as it should
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+            torch._C._cuda_releasePool(device, self.pool)
 
 
 class Graphs:

@@ -21,6 +21,7 @@ from hsrgan.engine.bad_samples import DataFaults
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.config import Recipe, check_paths, check_same_networks, load_recipe
 from hsrgan.engine.data import open_stream
+from hsrgan.engine.draws import sent
 from hsrgan.engine.dry_run import dry_run
 from hsrgan.engine.ema import ema_beta, update_ema
 from hsrgan.engine.errors import EXIT_RESUME
@@ -119,7 +120,7 @@ def _loop(
             if images >= total:
                 break
             reals = assembly.to_float(reals_uint8, world.device)
-            real_c = real_c[:, : t.generator.c_dim].to(world.device, non_blocking=True)
+            real_c = sent(real_c[:, : t.generator.c_dim], world.device)
             step = images // batch
             for phase in phases:
                 if step % phase.interval == 0:

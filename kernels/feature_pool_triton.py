@@ -118,6 +118,16 @@ def pool_kernel(
 
 
 @triton.jit
+def _as_loaded(byte, DOT: tl.constexpr):
+    """byte. In fp64 behind a maximum of one: Triton takes the narrowest value that a product's operand is made of for
+    its width, looks through all but such sums, and at 8 bits for 64 fails to compile.
+    """
+    if tl.float64 == DOT:
+        byte = tl.max(byte[None], 0)
+    return byte
+
+
+@triton.jit
 def _bits(byte, sets: tl.constexpr, WB: tl.constexpr, BK: tl.constexpr):
     """byte [sets, WB/8, BK] → bool [sets·WB, BK]."""
     wide = byte[:, None, :, :].to(tl.int32) >> tl.arange(0, 8)[None, :, None, None]
@@ -153,7 +163,7 @@ def dx_kernel(
         g = tl.load(from_bins + k[None, :], mask=known[:, None] & (k < K)[None, :], other=0).to(DOT)
         dh = tl.dot(member, g, input_precision=PRECISION, out_dtype=ACC)
         ok = ((nu < N) & (yu < H))[:, None, None] & (k < K)[None, None, :]
-        byte = tl.load(from_bits + k[None, None, :], mask=ok, other=0)
+        byte = _as_loaded(tl.load(from_bits + k[None, None, :], mask=ok, other=0), DOT)
         dh = tl.where(_bits(byte, NI * R, WB, BK), dh, 0.0).to(DOT)
         at = weight + k[:, None] * wk + c[None, :] * wc
         wt = tl.load(at, mask=(k < K)[:, None] & (c < C)[None, :], other=0).to(DOT)
@@ -195,7 +205,7 @@ def dw_kernel(
         nu, yu = (group * NI + u // R).to(tl.int64), y0 + u % R
         spot = ((nu * H + yu) * row_bytes)[None, :, None] + (chunk * (WB // 8) + v)[None, None, :]
         ok = ((nu < N) & (yu < H))[None, :, None] & (k < K)[:, None, None]
-        byte = tl.load(positive + spot * K + k[:, None, None], mask=ok, other=0).to(tl.int32)
+        byte = _as_loaded(tl.load(positive + spot * K + k[:, None, None], mask=ok, other=0), DOT).to(tl.int32)
         bit = tl.reshape(byte[:, :, None, :] >> tl.arange(0, 8)[None, None, :, None], [BN, BM]) & 1
         dh = tl.where(bit == 1, dh, 0.0)
         sums += tl.sum(dh, 1)

@@ -50,6 +50,12 @@ def test_every_kernel_is_fit_to_ship(tmp_path, ops, options):
     assert bad == [] and code == 0
 
 
+def test_what_the_tests_compare_in_fp64_compiles(tmp_path):
+    _, rows, _ = run(tmp_path, "tests/fp64_builds.py")
+    assert [row["built"] for row in rows if row["error"]] == []
+    assert {row["built"]["kernel"].split(".")[1] for row in rows} >= {"conv_gemm", "dx_kernel", "dw_kernel"}
+
+
 @pytest.mark.timeout(600)
 def test_every_tile_of_the_convolutions_table(tmp_path):
     """Fit to ship on its own architecture, and its products run on the matrix units: on sm_90 as wgmma (HGMMA)."""

@@ -97,3 +97,19 @@ def test_a_step_that_is_not_finite_changes_nothing(one_rank, stage):
     found = sharded.finite.collect()
     assert (found.count, found.steps, found.first, found.of) == (2, 4, "1.weight", 2)
     assert sharded.finite.collect().count == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_no_step_waits_for_the_device(one_rank, monkeypatch, stage):
+    """DeepSpeed hooks the module's forward, which runs inside of a CUDA graph: to wait there ends the recording."""
+    from deepspeed.accelerator import get_accelerator
+
+    module, waits = nn.Linear(3, 2), []
+    adam = lazy_adam(module.parameters(), 0.1, 0.0, 0.99, 1e-8, 4)
+    sharded = Sharded(module, adam, zero_stage=stage, micro_batch=1)
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda self, device=None: waits.append(device))
+    for _ in range(4):
+        with distributed.gathered(sharded):
+            loss = module(torch.ones(1, 3)).sum()
+            sharded.step(torch.autograd.grad(loss, sharded.parameters), loss.detach())
+    assert not waits

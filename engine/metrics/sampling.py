@@ -76,8 +76,9 @@ def reals(manifest: Manifest, count: int, batch: int, world: World, workers: int
     in_order = dataclasses.replace(manifest, shards=tuple(sorted(manifest.shards, key=lambda shard: shard.sha256)))
     share = share_of(batch)
     stream = open_stream(
-        in_order, seed=0, start=0, global_batch=share * world.size, rank=world.rank, world=world.size, workers=workers
-    )
+        in_order, seed=0, start=0, global_batch=share * world.size, rank=world.rank, world=world.size, workers=workers,
+        pinned=world.device.type == "cuda",
+    )  # fmt: skip
     with contextlib.closing(stream):
         for first in firsts(count, batch, world):
             at = first % share  # every share begins at a multiple of its length
