@@ -24,7 +24,7 @@ rival=(${STYLEGAN3:+--stylegan3 "$STYLEGAN3"})
 run() { timeout -s INT -k 30 "$limit" "$@"; }
 
 builds() { run "$python" tools/kernel_builds.py --target "$target" --dtype float16; }
-tests() { run "$python" -m pytest tests -n "$(nproc)" -q -x --maxfail=20 -k "triton or backends"; }
+tests() { run "$python" -m pytest tests -n "$(nproc)" -q -x --maxfail=20 -k "triton or backends or cuda"; }
 train() {
     local folder kimg
     folder="$(mktemp -d)"
