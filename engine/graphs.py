@@ -60,19 +60,20 @@ class Cuda:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     outputs = run()
             except RuntimeError:
-                self._leave()
+                leave(self.pool)
                 raise
         torch.cuda.current_stream().wait_stream(self.stream)
         return graph.replay, outputs
 
-    def _leave(self) -> None:
-        """A capture that CUDA broke off PyTorch does not end: its allocator would go on in it, which holds the pool's
-        memory and, where memory is wanted, frees none that is cached.
-        """
-        device = torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError):  # it has ended as it should
-            torch._C._cuda_endAllocateToPool(device, self.pool)
-            torch._C._cuda_releasePool(device, self.pool)
+
+def leave(pool: tuple[int, int]) -> None:
+    """A capture that CUDA broke off PyTorch does not end: its allocator would go on in it, which holds the pool's
+    memory and, where memory is wanted, frees none that is cached.
+    """
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # it has ended as it should
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 class Graphs:

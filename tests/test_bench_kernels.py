@@ -71,7 +71,9 @@ def test_a_wrong_result_in_any_mode_is_found(mode):
     cases = small_cases([mode])
     providers = {"sound": eager, "broken": broken}
     wrong = bench_kernels.check_all(cases, providers, "cpu")
-    assert len(wrong) == len(cases) and all(line.startswith("broken ") and mode in line for line in wrong)
+    assert list(wrong) == [(case.call.op, case.name, "broken") for case in cases]
+    rows = bench_kernels.bench(cases, providers, "cpu", fake_watch, ROOFS, wrong, peak=lambda run: 7)
+    assert [row["provider"] for row in rows] == ["sound"] * len(cases)
 
 
 def test_a_provider_that_raises_is_wrong_too():
@@ -81,8 +83,8 @@ def test_a_provider_that_raises_is_wrong_too():
 
         return op
 
-    (wrong, *_) = bench_kernels.check_all(small_cases(["forward"]), {"fails": fails}, "cpu")
-    assert "raises RuntimeError: no kernel image" in wrong
+    wrong = bench_kernels.check_all(small_cases(["forward"]), {"fails": fails}, "cpu")
+    assert set(wrong.values()) == {"raises RuntimeError: no kernel image"}
 
 
 def test_the_gate_is_of_the_dtype():
@@ -166,7 +168,7 @@ class FakeWatch:
 
 
 def test_what_was_timed_before_ctrl_c_is_kept(tmp_path, monkeypatch):
-    """And the largest layers come first."""
+    """And what is wrong is named and left out; the largest layers come first."""
     (tmp_path / "shapes.yaml").write_text(
         "- {op: bias_act, batch: 1, channels: 4, resolution: 4}\n- {op: bias_act, batch: 1, channels: 4, resolution: 8}"
     )
@@ -185,27 +187,31 @@ def test_what_was_timed_before_ctrl_c_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
     on_cpu = functools.partial(bench_kernels.bench, peak=lambda run: 7)
     monkeypatch.setattr(bench_kernels, "bench", lambda cases, who, _, *rest: on_cpu(cases, who, "cpu", *rest))
-    check = bench_kernels.check_all
-    monkeypatch.setattr(bench_kernels, "check_all", lambda cases, who, _: check(cases, who, "cpu"))
+    wrong = ("bias_act", "8 G layer, float32, forward", "eager")
+    monkeypatch.setattr(bench_kernels, "check_all", lambda *_: {wrong: "is off by 3"})
     options = ["--shapes", str(tmp_path / "shapes.yaml"), "--dtype", "float32", "--mode", "forward"]
     options += ["--provider", "eager", "--out", str(tmp_path / "rows")]
     run = CliRunner().invoke(bench_kernels.app, options)
     assert run.exit_code == 130 and "stopped: 3 rows timed, of 8 cases" in run.output
+    assert "not timed: eager bias_act, 8 G layer, float32, forward: is off by 3" in run.output
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["provider"] for row in rows] == ["eager"] * 3 and all("[1, 4, 8, 8]" in row["shape"] for row in rows)
 
 
 def test_a_function_that_cannot_be_recorded_is_called(monkeypatch):
     class Refuses:
-        def capture_begin(self, capture_error_mode):
+        def capture_begin(self, pool, capture_error_mode):
             pass
 
         def capture_end(self):
             raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Refuses)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert kernel_timing.recorded(lambda: None) is None
+    left = []
+    monkeypatch.setattr(kernel_timing, "leave", left.append)
+    assert kernel_timing.recorded(lambda: None) is None and left == [(0, 7)]
 
 
 def test_the_static_model_end_to_end(tmp_path):

@@ -5,8 +5,8 @@
     python tools/bench_kernels.py --shapes shapes.yaml --gpu MI300X
 
 Rivals: eager PyTorch (the definition of the op), torch.compile of it, NVIDIA's CUDA ops out of a checkout of stylegan3.
-All of a run is checked against the definition in fp64 before the first stopwatch starts: if anything is wrong, nothing
-is timed and the exit code is 2. Rows go to benchmarks/kernels_<device>.csv and .json, with a roofline plot. The largest
+All of a run is checked against the definition in fp64 before the first stopwatch starts: what is wrong is named and not
+timed, and the exit code is 1. Rows go to benchmarks/kernels_<device>.csv and .json, with a roofline plot. The largest
 layers come first, and Ctrl-C keeps what has been timed.
 """
 
@@ -19,7 +19,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,9 +84,12 @@ def read_shapes(path: Path) -> list[Call]:
     return found
 
 
-def check_all(cases: list[Case], providers: Providers, device: str) -> list[str]:
-    """What is wrong with any provider in any case: empty before anything may be timed."""
-    wrong = []
+Result = tuple[str, str, str]  # op, name of the case, provider
+
+
+def check_all(cases: list[Case], providers: Providers, device: str) -> dict[Result, str]:
+    """What is wrong, with which result. Nothing of this may be timed."""
+    wrong = {}
     for case in track(cases, "checking", console=Console(stderr=True), transient=True):
         truth = kernel_timing.Truth(case, device)
         for name, provider in providers.items():
@@ -94,7 +97,7 @@ def check_all(cases: list[Case], providers: Providers, device: str) -> list[str]
             with kernel_timing.implementation(name):
                 complaint = "" if op is None else truth.gate(op)
             if complaint:
-                wrong.append(f"{name} {case.call.op}, {case.name}: {complaint}")
+                wrong[case.call.op, case.name, name] = complaint
     return wrong
 
 
@@ -104,12 +107,14 @@ def bench(
     device: str,
     stopwatch: Callable[[Callable[[], Any]], dict[str, Any]],
     roofs: dict[str, float],
+    wrong: Container[Result] = (),
     peak: Callable[[Callable[[], Any]], int] = kernel_timing.peak_memory,
 ) -> Iterator[dict]:
-    """A row a case and provider, after all have been checked; roofs: of `kernel_timing.roofs`."""
+    """A row a case and provider, without those that `check_all` found wrong; roofs: of `kernel_timing.roofs`."""
     for case in track(cases, "timing", console=Console(stderr=True), transient=True):
         for name, provider in providers.items():
-            op = provider(case.call) if kernel_timing.possible(name, case) else None
+            left_out = (case.call.op, case.name, name) in wrong or not kernel_timing.possible(name, case)
+            op = None if left_out else provider(case.call)
             if op is None:
                 continue
             moved = kernel_timing.bytes_of(case)
@@ -308,12 +313,12 @@ def main(
     cases.sort(key=lambda case: -math.prod(case.call.sizes["x"]))
     stopwatch, rows = kernel_timing.Stopwatch(), []
     wrong = check_all(cases, who, "cuda")
-    if wrong:
-        raise UserError(f"{len(wrong)} results are wrong, so nothing was timed; the first: {wrong[0]}")
+    for (op, case, name), complaint in wrong.items():
+        console.print(f"not timed: {name} {op}, {case}: {complaint}", style="bold", soft_wrap=True)
     roofs = kernel_timing.roofs(stopwatch, types)
     stopped = False
     try:
-        for each in bench(cases, who, "cuda", stopwatch, roofs):
+        for each in bench(cases, who, "cuda", stopwatch, roofs, wrong):
             rows.append(each)
     except KeyboardInterrupt:
         stopped = True
@@ -323,7 +328,8 @@ def main(
         print_timed(rows, roofs, console)
     if stopped:
         console.print(f"stopped: {len(rows)} rows timed, of {len(cases)} cases")
-        raise typer.Exit(130)
+    if stopped or wrong:
+        raise typer.Exit(130 if stopped else 1)
 
 
 if __name__ == "__main__":

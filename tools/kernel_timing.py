@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from hsrgan import kernels
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.graphs import leave
 from hsrgan.kernels import launch
 from hsrgan.kernels.conv_table import IMPLEMENTATIONS, use_convolution
 from hsrgan.tools.kernel_shapes import Call
@@ -258,15 +259,16 @@ class Stopwatch:
 
 def recorded(run: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
     """run() as a graph on the current stream; None where CUDA or a library refuses."""
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     torch.cuda.synchronize()
     try:
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             run()
         finally:
             graph.capture_end()
     except RuntimeError:
+        leave(pool)
         return None
     return graph
 
