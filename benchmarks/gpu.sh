@@ -24,7 +24,7 @@ rival=(${STYLEGAN3:+--stylegan3 "$STYLEGAN3"})
 run() { timeout -s INT -k 30 "$limit" "$@"; }
 
 builds() { run "$python" tools/kernel_builds.py --target "$target" --dtype float16; }
-tests() { run "$python" -m pytest tests -n "$(nproc)" -q -x --maxfail=20 -k "triton or backends or cuda"; }
+tests() { run "$python" -m pytest tests -n "$(nproc)" -q --maxfail=20 -k "triton or backends or cuda"; }
 train() {
     local folder kimg
     folder="$(mktemp -d)"
@@ -37,20 +37,25 @@ train() {
 }
 tune() { run "$python" tools/tune_kernels.py; }
 kernels() {
-    local bench=(tools/bench_kernels.py --shapes benchmarks/shapes.yaml) ours=hsrgan,library,gemm,eager
-    run "$python" "${bench[@]}" --provider "$ours${rival:+,nvidia}" --out "$out/kernels_$name" "${rival[@]}" &&
-        run "$python" "${bench[@]}" --provider hsrgan,compiled --mode forward,backward --out "$out/compiled_$name" \
-            --op bias_act,upfirdn2d,fir_bias_act,bias_act_fir,to_rgb,feature_match
+    local failed=0 bench=(tools/bench_kernels.py --shapes benchmarks/shapes.yaml)
+    run "$python" "${bench[@]}" --provider "hsrgan,library,gemm,eager${rival:+,nvidia}" --out "$out/kernels_$name" \
+        "${rival[@]}" || failed=1
+    run "$python" "${bench[@]}" --provider hsrgan,compiled --mode forward,backward --out "$out/compiled_$name" \
+        --op bias_act,upfirdn2d,fir_bias_act,bias_act_fir,to_rgb,feature_match || failed=1
+    return $failed
 }
 steps() {
-    local failed=0 precision
-    for precision in "" "--tf32" "--num-fp16-res 9"; do
-        for model in ffhq1024 ffhq256; do
-            run "$python" tools/bench_train.py --model $model $precision --turns 5 "${rival[@]}" \
-                --out "$out/train_${name}_$model${precision// /}" || failed=1
-        done
+    local failed=0 model
+    for model in ffhq1024 ffhq256; do
+        step "published_$model" --model $model
+        step "tf32_$model" --model $model --tf32
+        step "half_$model" --model $model --num-fp16-res 9
     done
     return $failed
+}
+step() {
+    local rows="$out/train_${name}_$1"
+    run "$python" tools/bench_train.py "${@:2}" --turns 5 --out "$rows" "${rival[@]}" || failed=1
 }
 
 read -r name target < <("$python" - <<'EOF'
