@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -103,6 +104,12 @@ def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
             parity_normalize=name == "hsr" and section.parity_normalize,
         )  # fmt: skip
     return found
+
+
+def changed_teachers(state: Mapping[str, Any], teachers: Mapping[str, Teacher]) -> list[str]:
+    """The sections whose teacher is made of another file than when the state.json was written, which may not say."""
+    before = state.get("teachers", {})
+    return [name for name, teacher in teachers.items() if before.get(name) not in (None, teacher.sha256)]
 
 
 def critic_heads(recipe: Recipe, teachers: Mapping[str, Teacher], c_dim: int) -> dict[str, TeacherHeads]:

@@ -112,7 +112,9 @@ def _loop(
             anew = f"; freeze has changed, so Adam begins anew for {' and '.join(t.anew)}" if t.anew else ""
             dropped = resumed.state["recipe"].get("hsr") and not recipe.hsr
             hsr = "; HSR is off, so its heads are dropped" if dropped else ""
-            log.note("rollback" if diverged else "resume", f"{why}resuming at {images / 1000:g} kimg{anew}{hsr}")
+            others = assembly.changed_teachers(resumed.state, t.teachers)
+            other = f"; the teacher of {' and '.join(others)} is another file than the checkpoint's" if others else ""
+            log.note("rollback" if diverged else "resume", f"{why}resuming at {images / 1000:g} kimg{anew}{hsr}{other}")
         else:
             log.reals(next(open_stream(manifest, seed=recipe.seed, start=0, global_batch=PICTURES))[0])
             log.fakes(out.pictures(), 0.0, out.row_names)

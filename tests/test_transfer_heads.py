@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,3 +128,11 @@ def test_a_run_asks_its_recipe_and_says_what_they_were_on(request, kept, tmp_pat
     found = {(fate["tensor"].split(".conv")[0], fate["why"]) for fate in fates if fate["what"] == "new"}
     file = f"a.safetensors{' (sha256 163f4dbbadd9…)' if kept == 'hashed' else ''}"
     assert found == {(f"heads.{r}", f"a head on {file}, layer {layer}, there") for r, layer in ((8, 3), (16, 1))}
+
+
+def test_a_run_that_goes_on_with_another_teacher_says_so():
+    """One that was fitted anew under its old name; a state.json of before says nothing, nor does timm's own."""
+    teachers = {"hsr": SimpleNamespace(sha256="b"), "projected": SimpleNamespace(sha256=None)}
+    for before, changed in (({}, []), ({"hsr": "b", "projected": None}, []), ({"hsr": "a", "projected": None}, ["hsr"])):
+        assert assembly.changed_teachers({"teachers": before}, teachers) == changed
+    assert assembly.changed_teachers({}, teachers) == []
