@@ -133,6 +133,7 @@ def test_a_run_asks_its_recipe_and_says_what_they_were_on(request, kept, tmp_pat
 def test_a_run_that_goes_on_with_another_teacher_says_so():
     """One that was fitted anew under its old name; a state.json of before says nothing, nor does timm's own."""
     teachers = {"hsr": SimpleNamespace(sha256="b"), "projected": SimpleNamespace(sha256=None)}
-    for before, changed in (({}, []), ({"hsr": "b", "projected": None}, []), ({"hsr": "a", "projected": None}, ["hsr"])):
+    cases = [({}, []), ({"hsr": "b", "projected": None}, []), ({"hsr": "a", "projected": None}, ["hsr"])]
+    for before, changed in cases:
         assert assembly.changed_teachers({"teachers": before}, teachers) == changed
     assert assembly.changed_teachers({}, teachers) == []
