@@ -252,8 +252,9 @@ class Sharded:
         found = self.finite.count(max_over_ranks(self.finite.check(whole, loss)))
         if self.skip:
             self._adam.found_inf = found  # the fused Adam's own switch, for loss scaling: nothing waits for the host
-        finite = mended(whole)
-        self.engine.backward(_Deliver.apply(finite, *self.parameters))
+        if not self.skip or self.zero_stage == 3:  # whose own check would look for what is not finite, and say so
+            whole = mended(whole)
+        self.engine.backward(_Deliver.apply(whole, *self.parameters))
         self.engine.step()
 
     def moved(self) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hsrgan.engine.assembly import HALF, HEADS, critic_heads
 from hsrgan.engine.augment import Augmentation
 from hsrgan.engine.config import Recipe
-from hsrgan.engine.distributed import World, lazy_adam, mended
+from hsrgan.engine.distributed import World, lazy_adam
 from hsrgan.engine.draws import Draws
 from hsrgan.engine.finite import Finite
 from hsrgan.engine.hsr import HSRHeads
@@ -37,16 +37,16 @@ class Plain:
         self.finite = Finite([name for name, _ in module.named_parameters()], self.parameters[0].device)
 
     def step(self, gradients: Sequence[Tensor | None], loss: Tensor) -> None:
-        self.optimizer.found_inf = self.mend(gradients, loss)
+        self.optimizer.found_inf = self.deliver(gradients, loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def mend(self, gradients: Sequence[Tensor | None], loss: Tensor) -> Tensor:
-        """Finite gradients for all parameters; 1 [] if they were not, or the loss."""
+    def deliver(self, gradients: Sequence[Tensor | None], loss: Tensor) -> Tensor:
+        """Every parameter its gradient, or zeros; 1 [] if one of them, or the loss, is not finite."""
         pairs = list(zip(self.parameters, gradients, strict=True))
         whole = [torch.zeros_like(parameter) if gradient is None else gradient for parameter, gradient in pairs]
         found = self.finite.count(self.finite.check(whole, loss))
-        for parameter, gradient in zip(self.parameters, mended(whole), strict=True):
+        for parameter, gradient in zip(self.parameters, whole, strict=True):
             parameter.grad = gradient
         return found
 

@@ -212,7 +212,7 @@ def phase_cost(t: Training, phase: Phase, batch: Round, gpu: Gpu, backend: str) 
             phase.gradients(batch)
         found.seconds += missing_seconds(found, definition.cost, gpu)
     with counting(t, gpu, backend) as counter:
-        net.mend(gradients, told.loss)
+        net.deliver(gradients, told.loss)
         net.optimizer.zero_grad(set_to_none=True)
     # Adam is one kernel: reads the gradient, reads and writes the parameter and both moments
     counter.cost.add(7 * sum(p.nbytes for p in net.parameters), 0, False, gpu)
