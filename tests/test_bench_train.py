@@ -184,6 +184,25 @@ def test_ctrl_c_keeps_the_rows_there_are(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
 
 
+def test_a_rival_that_is_wrong_leaves_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy")
+    row = train_variants.row(variant(), img_s=1.0, step_p20=1.0, step_p50=1.0, step_p80=1.0, peak_bytes=1,
+                             kernels_per_step=1, host_launches_per_step=1, timed=True,
+                             **dict.fromkeys(bench_train.PHASES, 0.1))  # fmt: skip
+
+    def rival(*_):
+        raise UserError("stylegan3's images differ from ours")
+        yield
+
+    monkeypatch.setattr(train_gpu, "bench", lambda *_: iter([row]))
+    monkeypatch.setattr(train_stylegan3, "bench", rival)
+    options = ["--model", "tiny", "--out", str(tmp_path / "rows"), "--stylegan3", "x"]
+    run = CliRunner().invoke(bench_train.app, options)
+    assert run.exit_code == 1 and "stylegan3's images differ from ours" in run.output
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "naming"),
     [
@@ -236,14 +255,14 @@ def _once(monkeypatch):
 
 def test_a_variant_is_checked_and_timed(_once):
     both = [variant(), variant(hsr=True, graphs=True)]
-    rows = list(train_gpu.bench(both, 1, Fake()))
+    rows = list(train_gpu.bench(both, 1, Fake(), pytest.fail))
     assert [row["graphs"] for row in rows] == [False, True] and all(set(row) == set(KEYS) for row in rows)
     for row in rows:
         assert row["timed"] is True and row["peak_bytes"] == 7 and row["step_p50"] == 0.5 and row["img_s"] == 8
         assert (row["kernels_per_step"], row["host_launches_per_step"]) == (80, 16)
 
 
-def test_a_wrong_gradient_stops_the_benchmark():
+def test_a_wrong_gradient_is_named_and_not_timed(_once):
     class Wrong(Fake):
         def caller(self, graphs):
             def call(name, function, batch):
@@ -252,8 +271,11 @@ def test_a_wrong_gradient_stops_the_benchmark():
 
             return call if graphs else direct
 
-    with pytest.raises(UserError, match=r"Dreg is off by .* nothing timed"):
-        next(train_gpu.bench([variant(graphs=True)], 1, Wrong()))
+    said = []
+    rows = list(train_gpu.bench([variant(graphs=True), variant()], 1, Wrong(), said.append))
+    assert [row["graphs"] for row in rows] == [False]
+    (line,) = said
+    assert line.startswith("not timed: tiny bf16") and "graphs: Dreg is off by" in line
 
 
 CHECKOUT = """

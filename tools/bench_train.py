@@ -7,8 +7,9 @@
     python tools/bench_train.py --model ffhq1024 --gpu B200 without a GPU: the same table from the static model
                                                             (train_model.py), in which NOTHING IS TIMED
 
-Results are compared before anything is timed. torch.compile is not among the choices: it refuses the outer derivative
-of R1 and path length, and whether it would win in the other phases has not been measured.
+Results are compared before they are timed: what is wrong is named, and the exit code is 1. torch.compile is not among
+the choices: it refuses the outer derivative of R1 and path length, and whether it would win in the other phases has not
+been measured.
 """
 
 from __future__ import annotations
@@ -120,27 +121,35 @@ def main(
     wanted = variants(chosen(models or ",".join(MODELS), MODELS, "model"), precision, num_fp16_res, tf32, batch)
     device = torch.cuda.get_device_name() if there else f"{gpu} (data sheet)"
     facts = {"device": device, "versions": versions(), "date": now()}
-    found = train_gpu.bench(wanted, turns, train_gpu.Gpu()) if there else train_model.model(wanted, GPUS[gpu])
+    wrong: list[str] = []
+    probes = train_gpu.Gpu()
+    found = train_gpu.bench(wanted, turns, probes, wrong.append) if there else train_model.model(wanted, GPUS[gpu])
     what = "timing" if there else "counting"
     if stylegan3 is not None:
-        found = itertools.chain(found, train_stylegan3.bench(stylegan3, wanted, turns, train_gpu.Gpu()))
+        found = itertools.chain(found, train_stylegan3.bench(stylegan3, wanted, turns, probes))
     rows, stopped = [], False
     try:
         for each in track(found, what, total=len(wanted), console=Console(stderr=True), transient=True):
             rows.append(each | facts)
     except KeyboardInterrupt:
         stopped = True
-    if not rows:
-        raise typer.Exit(130)
-    if there or out is not None:
+    except UserError as error:  # of the rival, which comes last: ours is kept
+        if not rows:
+            raise
+        wrong.append(str(error))
+    if rows and (there or out is not None):
         write(rows, out or OUT / f"train_{device.lower().replace(' ', '_').replace('/', '_')}")
     title = f"{device}, {wanted[0].numbers}, batch {batch}"
-    print_rows(rows, title if there else f"{title}: the static model's floors. NOTHING WAS TIMED", console)
+    if rows:
+        print_rows(rows, title if there else f"{title}: the static model's floors. NOTHING WAS TIMED", console)
+    for line in wrong:
+        console.print(line, style="bold", soft_wrap=True)
     if not there:
         console.print(f"No GPU here: nothing was timed. Floors are {gpu}'s data sheet, not a measurement.")
     if stopped:
         console.print(f"stopped: {len(rows)} rows, of {len(wanted)}")
-        raise typer.Exit(130)
+    if stopped or wrong:
+        raise typer.Exit(130 if stopped else 1)
 
 
 if __name__ == "__main__":
