@@ -74,7 +74,7 @@ def _scaled(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr):
 @triton.jit
 def pointwise(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
     """y from the pre-activation p. NaN stays NaN."""
-    if ACT == "lrelu" and 0 < SLOPE and SLOPE < 1 and GAIN > 0:
+    if ACT == "lrelu" and SLOPE > 0 and SLOPE < 1 and GAIN > 0:
         y = tl.maximum(p * GAIN, p * (GAIN * SLOPE))  # what `_scaled` gives, in fewer instructions
     else:
         y = _scaled(p, ACT, SLOPE, GAIN)
