@@ -16,10 +16,10 @@ m is the slope of the chain, piecewise linear then, told from `source`: from wha
 it was given, before the bias. Sums are over the pixels of a program, one row of partial sums each, in a fixed order.
 
 A program makes ROWS steps down COLS spans of SPAN columns (blur: 2 or 4), pairs (up) or columns (down) × CHANNELS
-channels and keeps the last rows' sums in registers. A row is read once, plus the halo of 3 rows (up, down: 2) a program;
-its neighbours within the row come from the L1 cache: SPAN + 3 loads for SPAN outputs (blur), 3 for 2 × 2 outputs (up:
-2 × 2 taps each, no zeros), 2 × 4 for one (down). What FRONT does is done anew at each load. In channels_last a thread
-loads 8 or 16 bytes along the channels; other strides are right, but slower.
+channels and keeps the last rows' sums in registers. A row is read once, plus the halo of 3 rows (up, down: 2) of every
+program; its neighbours within the row come from the L1 cache: SPAN + 3 loads for SPAN outputs (blur), 3 for 2 × 2
+outputs (up: 2 × 2 taps each, no zeros), 2 × 4 for one (down). What FRONT does is done anew at each load. In
+channels_last a thread loads 8 or 16 bytes along the channels; other strides are right, but slower.
 """
 
 import triton
