@@ -88,13 +88,13 @@ def forward(
         demod = load_vector(DEMOD, n * channels + c, ch_ok, ACC, HAS_DEMOD)
         z = pointwise(pre_activation(x, demod, shift, bias, HAS_DEMOD, HAS_NOISE, HAS_BIAS), ACT, SLOPE, GAIN, CLAMP)
         tl.store(tile_at(Z, n, c, wide, zn, zc, zh, zw, width, SPLIT), z.to(Z.dtype.element_ty), mask=both)
-        t0 += project_tile(z, v, ch, ch_ok, ACC)
+        t0 = project_tile(t0, z, v, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 1:
-            t1 += project_tile(z, v + channels, ch, ch_ok, ACC)
+            t1 = project_tile(t1, z, v + channels, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 2:
-            t2 += project_tile(z, v + 2 * channels, ch, ch_ok, ACC)
+            t2 = project_tile(t2, z, v + 2 * channels, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 3:
-            t3 += project_tile(z, v + 3 * channels, ch, ch_ok, ACC)
+            t3 = project_tile(t3, z, v + 3 * channels, ch, ch_ok, BLOCKS, ACC)
     finish(t0, t1, t2, t3, n, start, pixels, RGB_BIAS, IMAGE, F, MASK, RGB, width, image_h, image_w, r_n, r_c, r_w, i_n,
            i_c, i_h, i_w, OUTPUTS, RGB_CLAMP, UP, False, IN_ROW, ACC)  # fmt: skip
 

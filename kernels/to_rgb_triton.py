@@ -28,12 +28,14 @@ from hsrgan.kernels.upfirdn2d_triton import UpFirDn
 
 
 @triton.jit
-def project_tile(x, V, ch, ch_ok, ACC: tl.constexpr):
-    """x [pixels, channels] in ACC times one row of v, V pointing to its channel 0: not summed over the channels yet.
-
-    For any kernel that holds a tile of features: add these up over its channel blocks, then tl.sum(…, 1).
+def project_tile(t, x, V, ch, ch_ok, BLOCKS: tl.constexpr, ACC: tl.constexpr):
+    """t so far, plus x [pixels, channels] in ACC times one row of v, V pointing to its channel 0: not summed over the
+    channels of a block yet. Of one block the products alone, which tl.sum(…, 1) can multiply and add at once.
     """
-    return x * tl.load(V + ch, mask=ch_ok, other=0.0).to(ACC)[None, :]
+    product = x * tl.load(V + ch, mask=ch_ok, other=0.0).to(ACC)[None, :]
+    if BLOCKS > 1:
+        product += t
+    return product
 
 
 @triton.jit
@@ -83,7 +85,8 @@ def finish(t0, t1, t2, t3, n, start, pixels, BIAS, IMAGE, F, MASK, Y, width, ima
         if MASK is not None:
             bits = tl.where((tl.abs(total) < limit) | (o >= OUTPUTS)[None, :], 0, 1 << o[None, :])
             tl.store(MASK + n * pixels + p, tl.sum(bits, 1).to(tl.uint8), mask=ok)
-        total = tl.where(total > limit, limit, tl.where(total < -limit, -limit, total))
+        total = tl.where(total > limit, limit, total)
+        total = tl.where(total < -limit, -limit, total)
     if IMAGE is not None:
         if IN_ROW:  # one division, not one a pixel
             i = start // width
@@ -128,13 +131,13 @@ def project(
         ch = block * CHANNELS + tl.arange(0, CHANNELS)
         ch_ok = ch < channels
         x = tl.load(x_row + (ch.to(tl.int64) * x_c)[None, :], mask=ok[:, None] & ch_ok[None, :], other=0.0).to(ACC)
-        t0 += project_tile(x, v, ch, ch_ok, ACC)
+        t0 = project_tile(t0, x, v, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 1:
-            t1 += project_tile(x, v + channels, ch, ch_ok, ACC)
+            t1 = project_tile(t1, x, v + channels, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 2:
-            t2 += project_tile(x, v + 2 * channels, ch, ch_ok, ACC)
+            t2 = project_tile(t2, x, v + 2 * channels, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 3:
-            t3 += project_tile(x, v + 3 * channels, ch, ch_ok, ACC)
+            t3 = project_tile(t3, x, v + 3 * channels, ch, ch_ok, BLOCKS, ACC)
     finish(t0, t1, t2, t3, n, start, pixels, BIAS, IMAGE, F, MASK, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c,
            i_h, i_w, OUTPUTS, CLAMP, UP, GIVEN_MASK, IN_ROW, ACC)  # fmt: skip
 
