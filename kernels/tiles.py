@@ -86,9 +86,10 @@ def tile(channels: int, pixels: int, by_channels: bool, elements: int) -> tuple[
 
 
 def tile_of_sums(channels: int, pixels: int, by_channels: bool, elements: int) -> tuple[int, int]:
-    """`tile` for a kernel that adds up over channels: half of it where sums are kept from block to block."""
+    """`tile` for a kernel that adds up over channels: half of it, and at most 2048 elements, where registers keep the
+    sums from block to block."""
     found = tile(channels, pixels, by_channels, elements)
-    return found if found[1] >= channels else tile(channels, pixels, by_channels, elements // 2)
+    return found if found[1] >= channels else tile(channels, pixels, by_channels, min(elements // 2, 2048))
 
 
 def tiles_per_program(tiles: int) -> int:
