@@ -69,9 +69,19 @@ def _store(tensor, n, row, col, value, ok):
 
 
 @triton.jit
+def _within(i, size):
+    """0 ≤ i < size, in one comparison; size ≥ 0."""
+    if i.dtype == tl.int64:
+        ok = i.to(tl.uint64) < size.to(tl.uint64)
+    else:
+        ok = i.to(tl.uint32) < size.to(tl.uint32)
+    return ok
+
+
+@triton.jit
 def _columns(row, height, width):
     """How many columns there are in a row: none in a row that does not exist."""
-    return tl.where((row >= 0) & (row < height), width, 0)
+    return tl.where(_within(row, height), width, 0)
 
 
 @triton.jit
@@ -84,7 +94,7 @@ def _tap(J: tl.constexpr, row, col, limit, chan_ok, bias, product, SPAN: tl.cons
     """
     x_at, s_at, x_w, s_w = row
     col += J
-    inside = (col >= 0) & (col < limit)
+    inside = _within(col, limit)
     ok = inside[:, None] & chan_ok
     v = tl.load(x_at + J * x_w, mask=ok, other=0.0).to(ACC)
     if FRONT == "activate":  # the FIR pads what the chain returns: zeros, whatever the bias
@@ -179,9 +189,9 @@ def _times_noise(noise, n, row, col, mid, height, width, SPAN: tl.constexpr, ACC
     """Σ mid·noise at SPAN columns from col on."""
     limit = _columns(row, height, width)
     row = row.to(tl.int64)
-    total = mid[0] * _load_map(noise, n, row, col, (col >= 0) & (col < limit), ACC)
+    total = mid[0] * _load_map(noise, n, row, col, _within(col, limit), ACC)
     for i in tl.static_range(1, SPAN):
-        total += mid[i] * _load_map(noise, n, row, col + i, (col >= -i) & (col < limit - i), ACC)
+        total += mid[i] * _load_map(noise, n, row, col + i, _within(col + i, limit), ACC)
     return total
 
 
@@ -192,7 +202,7 @@ def _emit(z, n, row, col, size, chan_ok, y, y2, source, other, noise, vectors, H
     """Store y at columns col of one output row; what is summed over its pixels is returned."""
     bias, demod, strength, add, noise_add, source_add = vectors
     height, width = size
-    pixel_ok = (col >= 0) & (col < _columns(row, height, width))
+    pixel_ok = _within(col, _columns(row, height, width))
     ok = pixel_ok[:, None] & chan_ok
     row = row.to(tl.int64)
     value = z * demod
@@ -229,7 +239,7 @@ def fir4(
     ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
     SUM_V: tl.constexpr, SUM_PRODUCT: tl.constexpr, SUM_NOISE: tl.constexpr, SUM_BACK: tl.constexpr,
     ROWS: tl.constexpr, UNROLL: tl.constexpr, SPAN: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr, ACC: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """See the top of the file. Step m's first input row is DOWN·m − lead_y, its first output row UP·m − skip_y.
 
@@ -245,6 +255,8 @@ def fir4(
     first = ((tile // blocks) % strips) * ROWS
     ch_ok = ch < channels
     chan_ok = ch_ok[None, :]
+    if EVEN:  # nothing to compare at every load
+        chan_ok = tl.full([1, CHANNELS], True, tl.int1)
     pair = n * channels + ch
     into = SUMS if SUMS is None else SUMS + tile.to(tl.int64) * channels + ch
     bias = 0.0

@@ -123,7 +123,7 @@ def launch_fir4(
         FRONT=front, BACK=back, OF_Y=of_y,
         **(chain or {"ACT": "lrelu", "SLOPE": 1.0, "GAIN": 1.0, "CLAMP": None}),
         **{f"SUM_{name.upper()}": name in sums for name in SUMS},
-        WIDE=reach >= 2**31, ACC=accumulator(x),
+        EVEN=c % shape["CHANNELS"] == 0, WIDE=reach >= 2**31, ACC=accumulator(x),
         **shape,
     )  # fmt: skip
     return [] if partial is None else list(partial.sum(2))
