@@ -42,11 +42,12 @@ from hsrgan.kernels.pointwise_triton import (
     pointwise_gradient_from_y,
     pre_activation,
 )
-from hsrgan.kernels.tiles import Walk, channels_fastest, tile, tiles_per_program, walk
+from hsrgan.kernels.tiles import Walk, channels_fastest, tile, tile_of_sums, tiles_per_program, walk
 from hsrgan.kernels.to_rgb_triton import (
     Gradient,
     Project,
     finish,
+    flat,
     image_gradient,
     incoming,
     project_tile,
@@ -62,12 +63,13 @@ def forward(
     xn, xc, xh, xw, nn, nc, nh, nw, zn, zc, zh, zw, r_n, r_c, r_w, i_n, i_c, i_h, i_w,
     HAS_BIAS: tl.constexpr, HAS_DEMOD: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_STRENGTH: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
-    OUTPUTS: tl.constexpr, RGB_CLAMP: tl.constexpr, UP: tl.constexpr,
+    OUTPUTS: tl.constexpr, RGB_CLAMP: tl.constexpr, UP: tl.constexpr, IN_ROW: tl.constexpr,
     ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P pixels of y and rgb a program, in BLOCKS blocks of channels. chunks: programs of a sample."""
     n = (tl.program_id(0) // chunks).to(tl.int64)
-    p = (tl.program_id(0) % chunks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    start = (tl.program_id(0) % chunks) * BLOCK_P
+    p = start + tl.arange(0, BLOCK_P)
     wide = p.to(tl.int64)
     ok = p < pixels
     shift = load_map(NOISE, n, wide, ok, nn, nh, nw, width, SPLIT, ACC, HAS_NOISE)
@@ -86,20 +88,15 @@ def forward(
         demod = load_vector(DEMOD, n * channels + c, ch_ok, ACC, HAS_DEMOD)
         z = pointwise(pre_activation(x, demod, shift, bias, HAS_DEMOD, HAS_NOISE, HAS_BIAS), ACT, SLOPE, GAIN, CLAMP)
         tl.store(tile_at(Z, n, c, wide, zn, zc, zh, zw, width, SPLIT), z.to(Z.dtype.element_ty), mask=both)
-        t0 += project_tile(z, v, ch, ch_ok, ACC)
+        t0 = project_tile(t0, z, v, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 1:
-            t1 += project_tile(z, v + channels, ch, ch_ok, ACC)
+            t1 = project_tile(t1, z, v + channels, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 2:
-            t2 += project_tile(z, v + 2 * channels, ch, ch_ok, ACC)
+            t2 = project_tile(t2, z, v + 2 * channels, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 3:
-            t3 += project_tile(z, v + 3 * channels, ch, ch_ok, ACC)
-    bits = tl.zeros([BLOCK_P], tl.int32)
-    for o in tl.static_range(OUTPUTS):
-        total = tl.sum(t0 if o == 0 else t1 if o == 1 else t2 if o == 2 else t3, 1)
-        bits = finish(total, o, n, p, ok, RGB_BIAS, IMAGE, F, RGB, width, image_h, image_w, r_n, r_c, r_w, i_n, i_c,
-                      i_h, i_w, bits, RGB_CLAMP, UP, ACC)  # fmt: skip
-    if MASK is not None:
-        tl.store(MASK + n * pixels + p, bits.to(tl.uint8), mask=ok)
+            t3 = project_tile(t3, z, v + 3 * channels, ch, ch_ok, BLOCKS, ACC)
+    finish(t0, t1, t2, t3, n, start, pixels, RGB_BIAS, IMAGE, F, MASK, RGB, width, image_h, image_w, r_n, r_c, r_w, i_n,
+           i_c, i_h, i_w, OUTPUTS, RGB_CLAMP, UP, False, IN_ROW, ACC)  # fmt: skip
 
 
 @triton.jit
@@ -111,7 +108,8 @@ def gradient(
     HAS_STRENGTH: tl.constexpr,
     WANT_BIAS: tl.constexpr, WANT_DEMOD: tl.constexpr, WANT_STRENGTH: tl.constexpr, WANT_V: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr, OUTPUTS: tl.constexpr,
-    ACC: tl.constexpr, SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    ACC: tl.constexpr, SPLIT: tl.constexpr, R_SPLIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles of gx a program. SUMS [sums, N·chunks, C], `plane` apart: the rows of v, then bias, demod, strength,
     those that are wanted; RGB_SUMS [N·chunks, OUTPUTS]: rgb_bias's. REF is y (FROM_Y) or x; None: not given or wanted.
@@ -152,7 +150,7 @@ def gradient(
         if MASK is not None:
             hidden = tl.load(MASK + n * pixels + p, mask=ok, other=0).to(tl.int32)
         for o in tl.static_range(OUTPUTS):
-            r = incoming(GRGB, n, o, p, ok, hidden, width, r_n, r_c, r_h, r_w, ACC)
+            r = incoming(GRGB, n, o, p, ok, hidden, width, r_n, r_c, r_h, r_w, R_SPLIT, ACC)
             v = tl.load(V + (n * OUTPUTS + o) * channels + c, mask=ch_ok, other=0.0).to(ACC)
             h += r[:, None] * v[None, :]
             if o == 0:
@@ -224,14 +222,14 @@ class _Forward(Function):
         small = dense(bias, demod, noise, strength)
         over = _walk(x.shape, x, noise, z)
         sizes = table.sizes("bias_act_to_rgb.forward", x)
-        block_p, block_c = tile(c, h * w, channels_fastest(x.shape, z.stride()), sizes.pop("elements"))
+        block_p, block_c = tile_of_sums(c, h * w, channels_fastest(x.shape, z.stride()), sizes.pop("elements"))
         chunks = -(-h * w // block_p)
         image_numbers = (0,) * 6 if image is None else (*image.shape[2:], *image.stride())
         launch.run(
             forward, (n * chunks,), *pointers(x, *small, z), v.contiguous(), dense(rgb_bias)[0], image,
             f.contiguous() if up else None, mask, rgb, c, h * w, w, chunks, *image_numbers[:2], *numbers(over),
             rgb.stride(0), rgb.stride(1), rgb.stride(3), *image_numbers[2:],
-            **flags("HAS", *small), **constants, OUTPUTS=outputs, RGB_CLAMP=rgb_clamp, UP=up,
+            **flags("HAS", *small), **constants, OUTPUTS=outputs, RGB_CLAMP=rgb_clamp, UP=up, IN_ROW=w % block_p == 0,
             ACC=accumulator(x), SPLIT=over.split, BLOCK_P=block_p, BLOCK_C=block_c, BLOCKS=-(-c // block_c), **sizes,
         )  # fmt: skip
         return z, rgb
@@ -290,8 +288,8 @@ class _Gradient(Function):
             c, h * w, w, chunks, blocks, n * chunks * c, *numbers(over), *grgb.stride(),
             **sizes, FROM_Y=chain.from_y, **flags("HAS", *small),
             WANT_BIAS=want_bias, WANT_DEMOD=want_demod, WANT_STRENGTH=want_strength, WANT_V=want_v,
-            **chain.constants, OUTPUTS=outputs, ACC=accumulator(z), SPLIT=over.split, BLOCK_P=block_p, BLOCK_C=block_c,
-            TILES=tiles,
+            **chain.constants, OUTPUTS=outputs, ACC=accumulator(z), SPLIT=over.split, R_SPLIT=not flat(grgb),
+            BLOCK_P=block_p, BLOCK_C=block_c, TILES=tiles,
         )  # fmt: skip
         totals = iter([] if sums is None else sum_over(sums, 2))
         gv = torch.stack([next(totals) for _ in range(outputs)], 1) if want_v else None

@@ -7,13 +7,15 @@ before the rules. Nothing is tuned at run time: all ranks read the same file.
 
     bias_act, to_rgb, bias_act_to_rgb     elements: values in a tile; num_warps. 8 to 16 values a thread, of every
         operand and of every running sum: launches that keep several sums (bias_act.sums, the gradients of toRGB)
-        have the smaller tile. On sm_90 that is 24 to 54 registers without sums, up to 96 with bias_act's four, 157 with
-        those of toRGB.
-    fir4, upfirdn2d     values a thread holds of a row; unroll: rows in flight; rows a program makes, at most;
-        num_warps at most. 16 bytes a thread where one tensor is read and nothing is done at the taps (blur, resample):
-        80 registers in fp32, 120 in half precision. chain: an activation at the taps; source: a second tensor, whose
-        rows are not unrolled, as that spills 8 bytes on sm_100: 90 to 130 registers. Left alone ptxas spills the
-        resampling in half precision, hence its `registers`.
+        have the smaller tile. toRGB forward has 32 in half precision, and 64 alone, as what it does once a pixel costs
+        as much as the channels; 16 at most where its sums outlast a block of channels (tiles.tile_of_sums). On sm_90
+        that is 24 to 91 registers without such sums, 126 with, up to 96 with bias_act's four, 161 with toRGB's own.
+    fir4, upfirdn2d     values a thread holds of a row; span: columns of a blur that it makes side by side; unroll: rows
+        in flight; rows a program makes, at most (3 more are read); num_warps at most. Without work at the taps (blur,
+        resample; source, tangent: more tensors behind the FIR) 16 bytes a thread and pairs of columns. With it (chain:
+        an activation, slope: a second tensor) a pixel is worked on by every thread whose taps reach it: 2.5 times a
+        column in pairs, 1.75 times in fours, at 8 bytes a thread in half precision. `registers` is what the fours or
+        the second tensor ask for on every chip; left alone ptxas spills the resampling.
     feature_match     pixels of a tile, BN, BC, BK at most; columns: of a tile, members: (image, bin column) pairs, the
         width of the product that pools; an ieee product takes ordinary multipliers and whole rows in registers, hence
         so narrow. The weights of a pool program stay on the chip where shared memory holds them beside two tiles of x:

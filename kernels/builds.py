@@ -89,7 +89,7 @@ GPUS = {
 @dataclass(frozen=True)
 class Build:
     """One compiled kernel. registers per thread; shared bytes per program; spills: bytes of stack per thread; matrix:
-    the instruction of the matrix units that its products are, as the disassembly names it, or ""."""
+    the instruction of the matrix units that its products are, as the disassembly names it, or "". executed: NVIDIA."""
 
     kernel: str  # module.function
     target: str
@@ -101,6 +101,7 @@ class Build:
     spills: int
     error: str = ""  # what the compiler said, when there is no build
     matrix: str = ""
+    executed: int = 0  # instructions of a thread, loops as often as they run; 0: not known
 
     def problems(self) -> list[str]:
         """Why this kernel must not be shipped for this target; empty if it may."""
@@ -137,7 +138,38 @@ def build(launch: Launch, target: Target | str) -> Build:
         return Build(*facts, 0, 0, 0, f"{type(error).__name__}: {error}".strip().splitlines()[-1])
     read = _read_cubin if target.backend == "cuda" else _read_amdgcn
     registers, spills, matrix = read(compiled.asm)
-    return Build(*facts, registers, compiled.metadata.shared, spills, matrix=matrix)
+    executed = _executed(_disassembled(compiled.asm), turns(launch)) if target.backend == "cuda" else 0
+    return Build(*facts, registers, compiled.metadata.shared, spills, matrix=matrix, executed=executed)
+
+
+def turns(launch: Launch) -> int:
+    """How often the loop of a kernel runs whose constants say so: rows, tiles, or blocks of channels; else 0."""
+    of = launch.constants
+    return of["ROWS"] // of["UNROLL"] if "UNROLL" in of else of.get("TILES", of.get("BLOCKS", 0))
+
+
+def _executed(sass: str, turns: int) -> int:
+    """Instructions of a thread that takes no forward branch; 0 where loops are nested or nobody knows their turns.
+
+    A loop is a branch backwards, to a label. (A branch to itself ends the code.)
+    """
+    count, labels, loops = 0, {}, []
+    for line in sass.splitlines():
+        if found := re.match(r"\s*(\.L_\w+):", line):
+            labels[found[1]] = count
+        elif found := _INSTRUCTION.match(line):
+            if found[1] == "NOP":
+                continue
+            count += 1
+            to = labels.get(found[3]) if found[1].startswith("BRA") else None
+            if to is not None and to < count - 1:
+                loops.append(count - to)
+    if not loops:
+        return count
+    return count + loops[0] * (turns - 1) if len(loops) == 1 and turns else 0
+
+
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*?(\.L_\w+))?")
 
 
 def instructions(launch: Launch, target: str) -> Counter[str]:
@@ -146,11 +178,8 @@ def instructions(launch: Launch, target: str) -> Counter[str]:
     from triton import compile as triton_compile
 
     compiled = triton_compile(source, target=_gpu_target(TARGETS[target]), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        lines = _tool("nvdisasm", file.name)
-    return Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", lines, re.MULTILINE))
+    found = map(_INSTRUCTION.match, _disassembled(compiled.asm).splitlines())
+    return Counter(each[1] for each in found if each)
 
 
 def build_all(launches: Iterable[Launch], targets: Sequence[str] = tuple(TARGETS), jobs: int = 1) -> list[Build]:
@@ -246,6 +275,13 @@ def _read_cubin(asm: dict) -> tuple[int, int, str]:
     return registers, stack, found[1] if found else ""
 
 
+def _disassembled(asm: dict) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        return _tool("nvdisasm", file.name)
+
+
 def _tool(name: str, *arguments: str) -> str:
     """What one of the CUDA tools that Triton's package carries prints."""
     import triton
@@ -306,3 +342,11 @@ def floor_seconds(moved: float, flops: float, gpu: Gpu | str, kind: str = "ieee"
     """The time below which no kernel can be on gpu: bytes at full bandwidth or flops at the full rate of their kind."""
     gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
     return max(moved / gpu.bandwidth, flops / gpu.rate(kind))
+
+
+def issue_seconds(build: Build, launch: Launch, gpu: Gpu | str) -> float:
+    """The time below which no NVIDIA gpu is that must issue what the launch executes: one instruction a clock from each
+    scheduler, for 32 threads, a fused multiply-add counting two FLOPs of `vector`. 0: not known.
+    """
+    gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
+    return build.executed * 32 * build.num_warps * math.prod(launch.grid) / (gpu.vector / 2)

@@ -16,10 +16,11 @@ with a pointwise chain in front of it or behind it.
 m is the slope of the chain, piecewise linear then, told from `source`: from what the chain returned (OF_Y) or from what
 it was given, before the bias. Sums are over the pixels of a program, one row of partial sums each, in a fixed order.
 
-A program makes ROWS steps down COLS column pairs (up, blur; down: columns) × CHANNELS channels and keeps the last rows'
-sums in registers. A row is read once, plus the halo of 3 rows (up, down: 2) a program; its neighbours within the row
-come from the L1 cache: 5 loads for a pair of outputs (blur), 3 for 2 × 2 outputs (up: 2 × 2 taps each, no zeros),
-2 × 4 for one (down). In channels_last a thread loads 16 bytes along the channels; other strides are right, but slower.
+A program makes ROWS steps down COLS spans of SPAN columns (blur: 2 or 4), pairs (up) or columns (down) × CHANNELS
+channels and keeps the last rows' sums in registers. A row is read once, plus the halo of 3 rows (up, down: 2) of every
+program; its neighbours within the row come from the L1 cache: SPAN + 3 loads for SPAN outputs (blur), 3 for 2 × 2
+outputs (up: 2 × 2 taps each, no zeros), 2 × 4 for one (down). What FRONT does is done anew at each load. In
+channels_last a thread loads 8 or 16 bytes along the channels; other strides are right, but slower.
 """
 
 import triton
@@ -69,75 +70,130 @@ def _store(tensor, n, row, col, value, ok):
 
 
 @triton.jit
-def _columns(row, height, width):
-    """How many columns there are in a row: none in a row that does not exist."""
-    return tl.where((row >= 0) & (row < height), width, 0)
+def _within(i, size):
+    """0 ≤ i < size, in one comparison; size ≥ 0."""
+    if i.dtype == tl.int64:
+        ok = i.to(tl.uint64) < size.to(tl.uint64)
+    else:
+        ok = i.to(tl.uint32) < size.to(tl.uint32)
+    return ok
 
 
 @triton.jit
-def _tap(x_row, s_row, col, x_w, s_w, limit, chan_ok, bias, FRONT: tl.constexpr, OF_Y: tl.constexpr,
-         ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
-         ACC: tl.constexpr):  # fmt: skip
-    """v at columns col of the rows pointed to, and x·source where unclamped."""
-    ok = ((col >= 0) & (col < limit))[:, None] & chan_ok
-    v = tl.load(x_row + (col * x_w)[:, None], mask=ok, other=0.0).to(ACC)
-    product = v
+def _columns(row, height, width):
+    """How many columns there are in a row: none in a row that does not exist."""
+    return tl.where(_within(row, height), width, 0)
+
+
+@triton.jit
+def _tap(J: tl.constexpr, row, col, limit, chan_ok, bias, product, SPAN: tl.constexpr, CENTRE: tl.constexpr,
+         PRODUCT: tl.constexpr, FRONT: tl.constexpr, OF_Y: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+         GAIN: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """v at columns col + J of a row; and product, plus x·source where unclamped if those are centre taps.
+
+    row: pointers to x and to source at columns col, and their strides of columns.
+    """
+    x_at, s_at, x_w, s_w = row
+    col += J
+    inside = _within(col, limit)
+    ok = inside[:, None] & chan_ok
+    v = tl.load(x_at + J * x_w, mask=ok, other=0.0).to(ACC)
     if FRONT == "activate":  # the FIR pads what the chain returns: zeros, whatever the bias
-        v = tl.where(ok, pointwise(v + bias, ACT, SLOPE, GAIN, CLAMP), 0.0)
+        v = pointwise(v + bias, ACT, SLOPE, GAIN, None)
+        if CLAMP is None:
+            v = tl.where(ok, v, 0.0)
+        else:  # the clamp makes them: an instruction a column instead of one a value
+            most = tl.where(inside, limit_like(tl.zeros_like(col).to(ACC), CLAMP), 0.0)[:, None]
+            v = tl.minimum(v, most, propagate_nan=tl.PropagateNan.ALL)
+            v = tl.maximum(v, -most, propagate_nan=tl.PropagateNan.ALL)
     elif FRONT == "slope":
-        s = tl.load(s_row + (col * s_w)[:, None], mask=ok, other=0.0).to(ACC)
-        product = _unclamped(v * s, s, CLAMP)
-        v = _slope(v, s, bias, OF_Y, ACT, SLOPE, GAIN, CLAMP)
+        s = tl.load(s_at + J * s_w, mask=ok, other=0.0).to(ACC)
+        if OF_Y:
+            v = _unclamped(v, s, CLAMP)
+            if PRODUCT and (CENTRE <= J and J < CENTRE + SPAN):
+                product += v * s
+            v = pointwise_gradient_from_y(v, s, SLOPE, GAIN, None)
+        else:
+            v = pointwise_gradient(v, s + bias, ACT, SLOPE, GAIN, CLAMP)
     return v, product
 
 
 @triton.jit
-def _row(x, source, n, row, col, height, width, chan_ok, bias, weights, UP: tl.constexpr, DOWN: tl.constexpr,
-         CENTRE: tl.constexpr, FRONT: tl.constexpr, OF_Y: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
-         GAIN: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """One input row, filtered along it for the even and the odd output columns; v at their centre taps; products."""
+def _row(x, source, n, row, col, height, width, chan_ok, bias, weights, product, UP: tl.constexpr, DOWN: tl.constexpr,
+         SPAN: tl.constexpr, CENTRE: tl.constexpr, PRODUCT: tl.constexpr, FRONT: tl.constexpr, OF_Y: tl.constexpr,
+         ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
+         ACC: tl.constexpr):  # fmt: skip
+    """One input row, filtered along it for SPAN output columns side by side; v at their centre taps; product with
+    theirs, if PRODUCT. Of the four that are returned the first SPAN count.
+    """
     w0, w1, w2, w3 = weights
-    limit = tl.where((row >= 0) & (row < height), width, 0)
+    limit = _columns(row, height, width)
     row = row.to(tl.int64)
     pointer, x_n, x_h, x_w, x_at = x
-    at = pointer + n * x_n + row * x_h + x_at
+    at = pointer + n * x_n + row * x_h + ((col * x_w)[:, None] + x_at)
     pointer, s_n, s_h, s_w, s_at = source
     s = at
     if FRONT == "slope":
-        s = pointer + n * s_n + row * s_h + s_at
-    v0, q0 = _tap(at, s, col, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
-    v1, q1 = _tap(at, s, col + 1, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
-    v2, q2 = _tap(at, s, col + 2, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
-    a, b, product = v0, v1, v0
+        s = pointer + n * s_n + row * s_h + ((col * s_w)[:, None] + s_at)
+    of = (at, s, x_w, s_w)
+    v0, product = _tap(0, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
+                        SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+    v1, product = _tap(1, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
+                        SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+    v2, product = _tap(2, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
+                        SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
     if UP == 2:
-        even, odd = w0 * v0 + w2 * v1, w1 * v1 + w3 * v2
+        h = (w0 * v0 + w2 * v1, w1 * v1 + w3 * v2, v0, v0)
+        mid = h
     else:
-        v3, q3 = _tap(at, s, col + 3, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
-        even = w0 * v0 + w1 * v1 + w2 * v2 + w3 * v3
-        odd = even
+        v3, product = _tap(3, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
+                            SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+        v4, v5, v6 = v3, v3, v3
         if DOWN == 1:
-            v4, q4 = _tap(at, s, col + 4, x_w, s_w, limit, chan_ok, bias, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)
-            odd = w0 * v1 + w1 * v2 + w2 * v3 + w3 * v4
-            if FRONT == "slope":
-                if CENTRE == 0:
-                    product = q0 + q1
-                elif CENTRE == 1:
-                    a, b, product = v1, v2, q1 + q2
-                elif CENTRE == 2:
-                    a, b, product = v2, v3, q2 + q3
-                else:
-                    a, b, product = v3, v4, q3 + q4
-    return even, odd, a, b, product
+            v4, product = _tap(4, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
+                                SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+        if SPAN == 4:
+            v5, product = _tap(5, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
+                                SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+            v6, product = _tap(6, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
+                                SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+        v = (v0, v1, v2, v3, v4, v5, v6)
+        h = (_filtered(v0, v1, v2, v3, weights), _filtered(v1, v2, v3, v4, weights),
+             _filtered(v2, v3, v4, v5, weights), _filtered(v3, v4, v5, v6, weights))  # fmt: skip
+        mid = (v[CENTRE], v[CENTRE + 1], v[CENTRE + 2 if SPAN == 4 else 0], v[CENTRE + 3 if SPAN == 4 else 0])
+    return h, mid, product
 
 
 @triton.jit
-def _times_noise(noise, n, row, col, a, b, height, width, ACC: tl.constexpr):
-    """a·noise at columns col + b·noise at col + 1."""
+def _filtered(v0, v1, v2, v3, weights):
+    w0, w1, w2, w3 = weights
+    return w0 * v0 + w1 * v1 + w2 * v2 + w3 * v3
+
+
+@triton.jit
+def _fall(a0, a1, a2, h, weights):
+    """An output that lacked this row only, and the next three: a0 lacks one more row, a1 two, a2 three."""
+    u0, u1, u2, u3 = weights
+    return a0 + u3 * h, a1 + u2 * h, a2 + u1 * h, u0 * h
+
+
+@triton.jit
+def _sum_of(mid, SPAN: tl.constexpr):
+    total = mid[0] + mid[1]
+    if SPAN == 4:
+        total += mid[2] + mid[3]
+    return total
+
+
+@triton.jit
+def _times_noise(noise, n, row, col, mid, height, width, SPAN: tl.constexpr, ACC: tl.constexpr):
+    """Σ mid·noise at SPAN columns from col on."""
     limit = _columns(row, height, width)
     row = row.to(tl.int64)
-    near = _load_map(noise, n, row, col, (col >= 0) & (col < limit), ACC)
-    far = _load_map(noise, n, row, col + 1, (col >= -1) & (col < limit - 1), ACC)
-    return a * near + b * far
+    total = mid[0] * _load_map(noise, n, row, col, _within(col, limit), ACC)
+    for i in tl.static_range(1, SPAN):
+        total += mid[i] * _load_map(noise, n, row, col + i, _within(col + i, limit), ACC)
+    return total
 
 
 @triton.jit
@@ -147,7 +203,7 @@ def _emit(z, n, row, col, size, chan_ok, y, y2, source, other, noise, vectors, H
     """Store y at columns col of one output row; what is summed over its pixels is returned."""
     bias, demod, strength, add, noise_add, source_add = vectors
     height, width = size
-    pixel_ok = (col >= 0) & (col < _columns(row, height, width))
+    pixel_ok = _within(col, _columns(row, height, width))
     ok = pixel_ok[:, None] & chan_ok
     row = row.to(tl.int64)
     value = z * demod
@@ -185,8 +241,8 @@ def fir4(
     FRONT: tl.constexpr, BACK: tl.constexpr, OF_Y: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
     SUM_V: tl.constexpr, SUM_PRODUCT: tl.constexpr, SUM_NOISE: tl.constexpr, SUM_BACK: tl.constexpr,
-    ROWS: tl.constexpr, UNROLL: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
-    ACC: tl.constexpr,
+    ROWS: tl.constexpr, UNROLL: tl.constexpr, SPAN: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """See the top of the file. Step m's first input row is DOWN·m − lead_y, its first output row UP·m − skip_y.
 
@@ -202,6 +258,8 @@ def fir4(
     first = ((tile // blocks) % strips) * ROWS
     ch_ok = ch < channels
     chan_ok = ch_ok[None, :]
+    if EVEN:  # nothing to compare at every load
+        chan_ok = tl.full([1, CHANNELS], True, tl.int1)
     pair = n * channels + ch
     into = SUMS if SUMS is None else SUMS + tile.to(tl.int64) * channels + ch
     bias = 0.0
@@ -233,11 +291,12 @@ def fir4(
         k = k.to(tl.int64)
     BLUR: tl.constexpr = UP == 1 and DOWN == 1
     HALO: tl.constexpr = 3 if BLUR else 2
-    COL_STEP: tl.constexpr = 2 if BLUR else DOWN
-    OUT_STEP: tl.constexpr = 2 if BLUR else UP
+    COL_STEP: tl.constexpr = SPAN if BLUR else DOWN
+    OUT_STEP: tl.constexpr = SPAN if BLUR else UP
     col = COL_STEP * k - lead_x
     out = OUT_STEP * k - skip_x
     weights = (w0, w1, w2, w3)
+    falling = (u0, u1, u2, u3)
     vectors = (bias, demod, strength, add, noise_add, source_add)
     size = (out_height, out_width)
     x = (X, x_n, x_h, x_w, (ch * x_c)[None, :])
@@ -253,51 +312,50 @@ def fir4(
     sum_noise = sum_v
     sum_back = sum_v
     a0, a1, a2, b0, b1, b2 = sum_v, sum_v, sum_v, sum_v, sum_v, sum_v
+    c0, c1, c2, d0, d1, d2 = sum_v, sum_v, sum_v, sum_v, sum_v, sum_v  # columns 2 and 3 of a SPAN of 4
     for r in tl.static_range(HALO):
-        even, odd, c, d, product = _row(x, source, n, row + r, col, height, width, chan_ok, bias, weights, UP, DOWN,
-                                        CENTRE, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-        if BLUR:  # a0 lacks one more row, a1 two, a2 three
-            a0, b0 = a1 + u2 * even, b1 + u2 * odd
-            a1, b1 = a2 + u1 * even, b2 + u1 * odd
-            a2, b2 = u0 * even, u0 * odd
+        h, mid, product = _row(x, source, n, row + r, col, height, width, chan_ok, bias, weights, sum_product, UP, DOWN,
+                               SPAN, CENTRE, SUM_PRODUCT, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+        if BLUR:
+            _, a0, a1, a2 = _fall(a0, a1, a2, h[0], falling)
+            _, b0, b1, b2 = _fall(b0, b1, b2, h[1], falling)
+            if SPAN == 4:
+                _, c0, c1, c2 = _fall(c0, c1, c2, h[2], falling)
+                _, d0, d1, d2 = _fall(d0, d1, d2, h[3], falling)
         elif DOWN == 2:  # a0 lacks two
-            a0 += (u0 if r == 0 else u1) * even
+            a0 += (u0 if r == 0 else u1) * h[0]
         else:  # the last two rows themselves
-            a0, b0, a1, b1 = a1, b1, even, odd
-        if r >= CENTRE:  # a row is counted where its centre tap is: once, in one program
+            a0, b0, a1, b1 = a1, b1, h[0], h[1]
+        if CENTRE < 3:  # a row is counted in one program, as one of its last ROWS; before the first of those in strip 0
+            counted = first == 0
             if SUM_V:
-                sum_v += c + d
+                sum_v += tl.where(counted, _sum_of(mid, SPAN), 0.0)
             if SUM_PRODUCT:
-                sum_product += product
+                sum_product = tl.where(counted, product, sum_product)
             if SUM_NOISE:
-                sum_noise += _times_noise(noise, n, row + r, col + CENTRE, c, d, height, width, ACC)
+                sum_noise += _times_noise(noise, n, row + r, col + CENTRE, mid, tl.where(counted, height, 0), width,
+                                          SPAN, ACC)  # fmt: skip
     row += HALO
     for start in range(0, ROWS, UNROLL):
         for r in tl.static_range(UNROLL):
             m = start + r
             step = first + m
             at = row + DOWN * m
-            even, odd, c, d, product = _row(x, source, n, at, col, height, width, chan_ok, bias, weights, UP, DOWN,
-                                            CENTRE, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+            h, mid, sum_product = _row(x, source, n, at, col, height, width, chan_ok, bias, weights, sum_product, UP,
+                                       DOWN, SPAN, CENTRE, SUM_PRODUCT, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP,
+                                       ACC)  # fmt: skip
             if BLUR:
-                z0, z1 = a0 + u3 * even, b0 + u3 * odd
-                a0, b0 = a1 + u2 * even, b1 + u2 * odd
-                a1, b1 = a2 + u1 * even, b2 + u1 * odd
-                a2, b2 = u0 * even, u0 * odd
-                if CENTRE < 3:  # the last rows are counted by the next program
-                    own = m < ROWS + CENTRE - 3
-                    c, d, product = tl.where(own, c, 0.0), tl.where(own, d, 0.0), tl.where(own, product, 0.0)
+                z0, a0, a1, a2 = _fall(a0, a1, a2, h[0], falling)
+                z1, b0, b1, b2 = _fall(b0, b1, b2, h[1], falling)
                 if SUM_V:
-                    sum_v += c + d
-                if SUM_PRODUCT:
-                    sum_product += product
+                    sum_v += _sum_of(mid, SPAN)
                 if SUM_NOISE:
-                    sum_noise += _times_noise(noise, n, at, col + CENTRE, c, d, height, width, ACC)
+                    sum_noise += _times_noise(noise, n, at, col + CENTRE, mid, height, width, SPAN, ACC)
             elif DOWN == 2:
-                even1, odd, c, d, product = _row(x, source, n, at + 1, col, height, width, chan_ok, bias, weights, UP,
-                                                 DOWN, CENTRE, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-                z0 = a0 + u2 * even + u3 * even1
-                a0 = u0 * even + u1 * even1
+                h1, _, _ = _row(x, source, n, at + 1, col, height, width, chan_ok, bias, weights, sum_product, UP, DOWN,
+                                SPAN, CENTRE, SUM_PRODUCT, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+                z0 = a0 + u2 * h[0] + u3 * h1[0]
+                a0 = u0 * h[0] + u1 * h1[0]
             else:
                 z0, z1 = u0 * a0 + u2 * a1, u0 * b0 + u2 * b1
                 step = 2 * step - skip_y
@@ -305,13 +363,20 @@ def fir4(
                       Y2 is not None, BACK, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
                 _emit(z1, n, step, out + 1, size, chan_ok, y, y2, source, other, noise, vectors, NOISE is not None,
                       Y2 is not None, BACK, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-                z0, z1 = u1 * a1 + u3 * even, u1 * b1 + u3 * odd
+                z0, z1 = u1 * a1 + u3 * h[0], u1 * b1 + u3 * h[1]
                 step += 1
-                a0, b0, a1, b1 = a1, b1, even, odd
+                a0, b0, a1, b1 = a1, b1, h[0], h[1]
             part = _emit(z0, n, step, out, size, chan_ok, y, y2, source, other, noise, vectors, NOISE is not None,
                          Y2 is not None, BACK, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
             if DOWN == 1:
                 part += _emit(z1, n, step, out + 1, size, chan_ok, y, y2, source, other, noise, vectors,
+                              NOISE is not None, Y2 is not None, BACK, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+            if SPAN == 4:
+                z2, c0, c1, c2 = _fall(c0, c1, c2, h[2], falling)
+                z3, d0, d1, d2 = _fall(d0, d1, d2, h[3], falling)
+                part += _emit(z2, n, step, out + 2, size, chan_ok, y, y2, source, other, noise, vectors,
+                              NOISE is not None, Y2 is not None, BACK, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+                part += _emit(z3, n, step, out + 3, size, chan_ok, y, y2, source, other, noise, vectors,
                               NOISE is not None, Y2 is not None, BACK, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
             if SUM_BACK:
                 sum_back += part

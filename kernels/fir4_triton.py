@@ -36,18 +36,22 @@ def centre(sides: Sides) -> int:
     return tap if min(x1, y1) >= 3 - tap else -1
 
 
-def _shape(y: Tensor, steps_y: int, steps_x: int, kernel: str) -> dict[str, int | None]:
-    """ROWS, UNROLL, COLS, CHANNELS, num_warps and registers: the table's, and fewer where y is small."""
+def _shape(y: Tensor, steps_y: int, columns: int, kernel: str) -> dict[str, int | None]:
+    """ROWS, UNROLL, SPAN, COLS, CHANNELS, num_warps and registers: the table's, and fewer where y is small.
+
+    columns: to be made two at a time, or as many as the table's span says.
+    """
     n, c = y.shape[:2]
     sizes = table.sizes(kernel, y)
-    values = sizes["values"]
+    values, span = sizes["values"], sizes.get("span", 2)
+    steps_x = -(-columns // span)
     cols, channels = tile(c, steps_x, is_nhwc(y), sizes["num_warps"] * 32 * values)
     rows = min(sizes["rows"], max(2, power_of_two(steps_y)))
     while rows > 8 and n * -(-c // channels) * -(-steps_x // cols) * -(-steps_y // rows) < 2048:
         rows //= 2
     warps = min(sizes["num_warps"], max(1, cols * channels // (32 * values)))
     return {
-        "ROWS": rows, "UNROLL": sizes["unroll"], "COLS": cols, "CHANNELS": channels, "num_warps": warps,
+        "ROWS": rows, "UNROLL": sizes["unroll"], "SPAN": span, "COLS": cols, "CHANNELS": channels, "num_warps": warps,
         "registers": sizes.get("registers"),
     }  # fmt: skip
 
@@ -89,14 +93,15 @@ def launch_fir4(
         # an odd padding starts at the second output of a pair: the first is skipped
         skip_x, skip_y = x0 % 2, y0 % 2
         lead_x, lead_y = (x0 + 1) // 2, (y0 + 1) // 2
-        steps_x, steps_y = (out_w + skip_x + 1) // 2, (out_h + skip_y + 1) // 2
+        columns, steps_y = out_w + skip_x, (out_h + skip_y + 1) // 2
     else:
         skip_x, skip_y, lead_x, lead_y = 0, 0, x0, y0
-        steps_x, steps_y = (out_w if down == 2 else (out_w + 1) // 2), out_h
-    kind = "blur" if front == "none" and back in ("none", "activate") else "chain" if source is None else "source"
-    kind = "join" if back == "add" else "resample" if max(up, down) > 1 else kind
-    shape = _shape(y, steps_y, steps_x, f"fir4.{kind}")
-    strips, blocks = -(-steps_y // shape["ROWS"]), -(-steps_x // shape["COLS"])
+        columns, steps_y = (2 * out_w if down == 2 else out_w), out_h
+    behind = {"slope": "source", "tangent": "tangent", "add": "join"}.get(back, "blur")
+    kind = {"activate": "chain", "slope": "slope"}.get(front, behind)
+    kind = "resample" if max(up, down) > 1 and kind == "blur" else kind
+    shape = _shape(y, steps_y, columns, f"fir4.{kind}")
+    strips, blocks = -(-steps_y // shape["ROWS"]), -(-columns // (shape["SPAN"] * shape["COLS"]))
     planes = len(sums)
     partial = None
     if sums:
@@ -119,7 +124,7 @@ def launch_fir4(
         FRONT=front, BACK=back, OF_Y=of_y,
         **(chain or {"ACT": "lrelu", "SLOPE": 1.0, "GAIN": 1.0, "CLAMP": None}),
         **{f"SUM_{name.upper()}": name in sums for name in SUMS},
-        WIDE=reach >= 2**31, ACC=accumulator(x),
+        EVEN=c % shape["CHANNELS"] == 0, WIDE=reach >= 2**31, ACC=accumulator(x),
         **shape,
     )  # fmt: skip
     return [] if partial is None else list(partial.sum(2))

@@ -48,6 +48,15 @@ class _Blur(NamedTuple):
         x0, x1, y0, y1 = self.sides
         return self._replace(sides=(3 - x0, 3 - x1, 3 - y0, 3 - y1), flip=not self.flip)
 
+    @property
+    def gain_in_filter(self) -> "_Blur":
+        """The same with the chain in front: F(clamp(act·gain)) = gain·F(clamp'(act)), a product less at every tap."""
+        gain, clamp = self.chain["GAIN"], self.chain["CLAMP"]
+        if gain <= 0:
+            return self
+        chain = self.chain | {"GAIN": 1.0, "CLAMP": None if clamp is None else clamp / gain}
+        return self._replace(gain=self.gain * gain, chain=chain)
+
     def run(self, x: Tensor, f: Tensor, nhwc: bool, **options) -> tuple[Tensor, list[Tensor]]:
         """The output, channels_last if nhwc, and the sums asked for."""
         n, c, h, w = x.shape
@@ -167,7 +176,7 @@ class _BiasActFir(Function):
     def forward(ctx, x, f, bias, blur):
         ctx.save_for_backward(x, f, bias)
         ctx.blur = blur
-        return blur.run(x, f, is_nhwc(x), front="activate", bias=bias)[0]
+        return blur.gain_in_filter.run(x, f, is_nhwc(x), front="activate", bias=bias)[0]
 
     @staticmethod
     def backward(ctx, gy):

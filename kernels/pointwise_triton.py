@@ -74,10 +74,14 @@ def _scaled(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr):
 @triton.jit
 def pointwise(p, ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr):
     """y from the pre-activation p. NaN stays NaN."""
-    y = _scaled(p, ACT, SLOPE, GAIN)
+    if ACT == "lrelu" and SLOPE > 0 and SLOPE < 1 and GAIN > 0:
+        y = tl.maximum(p * GAIN, p * (GAIN * SLOPE))  # what `_scaled` gives, in fewer instructions
+    else:
+        y = _scaled(p, ACT, SLOPE, GAIN)
     if CLAMP is not None:
         limit = limit_like(y, CLAMP)
-        y = tl.where(y > limit, limit, tl.where(y < -limit, -limit, y))
+        y = tl.where(y > limit, limit, y)  # one after the other: each is one instruction on NVIDIA
+        y = tl.where(y < -limit, -limit, y)
     return y
 
 

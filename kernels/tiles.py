@@ -85,12 +85,20 @@ def tile(channels: int, pixels: int, by_channels: bool, elements: int) -> tuple[
     return block_p, max(block_c, min(power_of_two(channels), elements // block_p))
 
 
-def tiles_per_program(tiles: int) -> int:
-    """How many tiles a program with sums of its own goes through, of `tiles` in all: a power of two up to 8.
+def tile_of_sums(channels: int, pixels: int, by_channels: bool, elements: int) -> tuple[int, int]:
+    """`tile` for a kernel that adds up over channels: half of it, and at most 2048 elements, where registers keep the
+    sums from block to block."""
+    found = tile(channels, pixels, by_channels, elements)
+    return found if found[1] >= channels else tile(channels, pixels, by_channels, min(elements // 2, 2048))
 
-    More tiles mean fewer partial sums in memory; at least 4096 programs (about 2 rounds of a large GPU) are kept.
+
+def tiles_per_program(tiles: int) -> int:
+    """How many tiles a program with sums of its own goes through, of `tiles` in all: a power of two up to 32.
+
+    More tiles mean fewer partial sums in memory, and fewer instructions for adding up what the threads summed; at
+    least 4096 programs (about 2 rounds of a large GPU) are kept.
     """
-    return 2 ** min(3, max(0, (tiles // 4096).bit_length() - 1))
+    return 2 ** min(5, max(0, (tiles // 4096).bit_length() - 1))
 
 
 def power_of_two(n: int) -> int:

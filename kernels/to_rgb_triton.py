@@ -23,55 +23,82 @@ from hsrgan.kernels import blocks as table
 from hsrgan.kernels import launch
 from hsrgan.kernels.fir4_triton import accumulator, empty, is_nhwc
 from hsrgan.kernels.pointwise_triton import limit_like
-from hsrgan.kernels.tiles import tile, tiles_per_program
+from hsrgan.kernels.tiles import tile, tile_of_sums, tiles_per_program
 from hsrgan.kernels.upfirdn2d_triton import UpFirDn
 
 
 @triton.jit
-def project_tile(x, V, ch, ch_ok, ACC: tl.constexpr):
-    """x [pixels, channels] in ACC times one row of v, V pointing to its channel 0: not summed over the channels yet.
-
-    For any kernel that holds a tile of features: add these up over its channel blocks, then tl.sum(…, 1).
+def project_tile(t, x, V, ch, ch_ok, BLOCKS: tl.constexpr, ACC: tl.constexpr):
+    """t so far, plus x [pixels, channels] in ACC times one row of v, V pointing to its channel 0: not summed over the
+    channels of a block yet. Of one block the products alone, which tl.sum(…, 1) can multiply and add at once.
     """
-    return x * tl.load(V + ch, mask=ch_ok, other=0.0).to(ACC)[None, :]
+    product = x * tl.load(V + ch, mask=ch_ok, other=0.0).to(ACC)[None, :]
+    if BLOCKS > 1:
+        product += t
+    return product
 
 
 @triton.jit
 def _upsampled(IMAGE, F, i, j, height, width, i_h, i_w, ok, ACC: tl.constexpr):
-    """2× upsampling by 4 taps, padding [2, 1], gain 4, at rows i and columns j: 2 × 2 taps. height, width: of IMAGE."""
-    odd_i, odd_j = i % 2, j % 2
-    row, col = i // 2 - 1 + odd_i, j // 2 - 1 + odd_j
-    total = 0.0
-    for a in tl.static_range(2):
-        row_ok = ok & (row + a >= 0) & (row + a < height)
-        along = 0.0
-        for b in tl.static_range(2):
-            at = row_ok & (col + b >= 0) & (col + b < width)
-            tap = tl.load(F + 3 - odd_j - 2 * b).to(ACC)
-            along += tap * tl.load(IMAGE + (row + a).to(tl.int64) * i_h + (col + b) * i_w, mask=at, other=0.0).to(ACC)
-        total += along * tl.load(F + 3 - odd_i - 2 * a).to(ACC)
-    return total * 4.0
+    """2× upsampling by 4 taps, padding [2, 1], gain 4, at rows i (one, or [pixels, 1]) and columns j [pixels, 1]: 2 × 2
+    taps. height, width: of IMAGE [1, outputs], half as large as what is made."""
+    f0, f1 = tl.load(F).to(ACC), tl.load(F + 1).to(ACC)
+    f2, f3 = tl.load(F + 2).to(ACC), tl.load(F + 3).to(ACC)
+    odd_i, odd_j = i % 2 == 1, j % 2 == 1
+    row, col = (i + 1) // 2 - 1, (j + 1) // 2 - 1
+    at = IMAGE + row.to(tl.int64) * i_h + col * i_w
+    left, right = ok & (col >= 0), ok & (col + 1 < width)
+    near, far = tl.where(odd_j, f2, f3), tl.where(odd_j, f0, f1)
+    above = row >= 0
+    total = near * tl.load(at, mask=left & above, other=0.0).to(ACC)
+    total += far * tl.load(at + i_w, mask=right & above, other=0.0).to(ACC)
+    below = row + 1 < height
+    at += i_h
+    lower = near * tl.load(at, mask=left & below, other=0.0).to(ACC)
+    lower += far * tl.load(at + i_w, mask=right & below, other=0.0).to(ACC)
+    return 4.0 * (total * tl.where(odd_i, f2, f3) + lower * tl.where(odd_i, f0, f1))
 
 
 @triton.jit
-def finish(total, o: tl.constexpr, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h,
-            i_w, bits, CLAMP: tl.constexpr, UP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """Bias, clamp and image for output o, stored; the bits so far, with o's."""
+def finish(t0, t1, t2, t3, n, start, pixels, BIAS, IMAGE, F, MASK, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c,
+           i_h, i_w, OUTPUTS: tl.constexpr, CLAMP: tl.constexpr, UP: tl.constexpr, GIVEN_MASK: tl.constexpr,
+           IN_ROW: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """The sums over channels of t, bias, clamp and image, stored from pixel `start` on; MASK is written, or GIVEN: y is
+    zero at its bits. IN_ROW: the pixels lie in one row.
+
+    As a tile [pixels, 4]: one of [pixels] each would be worked on by every thread that holds a channel of that pixel.
+    """
+    joined = tl.join(tl.join(tl.sum(t0, 1), tl.sum(t2, 1)), tl.join(tl.sum(t1, 1), tl.sum(t3, 1)))
+    total = tl.reshape(joined, [t0.shape[0], 4])
+    p = start + tl.arange(0, t0.shape[0])
+    ok = p < pixels
+    o = tl.arange(0, 4)
+    there = (o < OUTPUTS)[None, :]
+    both = ok[:, None] & there
+    if GIVEN_MASK:
+        hidden = tl.load(MASK + n * pixels + p, mask=ok, other=0).to(tl.int32)
+        total = tl.where((hidden[:, None] >> o[None, :]) & 1 == 1, 0.0, total)
     if BIAS is not None:
-        total += tl.load(BIAS + o).to(ACC)
+        total += tl.load(BIAS + o, mask=o < OUTPUTS, other=0.0).to(ACC)[None, :]
     if CLAMP is not None:
         limit = limit_like(total, CLAMP)
-        bits += tl.where(tl.abs(total) < limit, 0, 1 << o)
-        total = tl.where(total > limit, limit, tl.where(total < -limit, -limit, total))
+        if MASK is not None:
+            bits = tl.where((tl.abs(total) < limit) | (o >= OUTPUTS)[None, :], 0, 1 << o[None, :])
+            tl.store(MASK + n * pixels + p, tl.sum(bits, 1).to(tl.uint8), mask=ok)
+        total = tl.where(total > limit, limit, total)
+        total = tl.where(total < -limit, -limit, total)
     if IMAGE is not None:
-        i, j = p // width, p % width
-        image = IMAGE + n * i_n + o * i_c
-        if UP:
-            total += _upsampled(image, F, i, j, image_h, image_w, i_h, i_w, ok, ACC)
+        if IN_ROW:  # one division, not one a pixel
+            i = start // width
+            j = (p - i * width)[:, None]
         else:
-            total += tl.load(image + i.to(tl.int64) * i_h + j * i_w, mask=ok, other=0.0).to(ACC)
-    tl.store(Y + n * y_n + o * y_c + p * y_w, total.to(Y.dtype.element_ty), mask=ok)
-    return bits
+            i, j = (p // width)[:, None], (p % width)[:, None]
+        image = IMAGE + n * i_n + (o * i_c)[None, :]
+        if UP:
+            total += _upsampled(image, F, i, j, image_h, image_w, i_h, i_w, both, ACC)
+        else:
+            total += tl.load(image + i.to(tl.int64) * i_h + j * i_w, mask=both, other=0.0).to(ACC)
+    tl.store(Y + n * y_n + (o * y_c)[None, :] + (p * y_w)[:, None], total.to(Y.dtype.element_ty), mask=both)
 
 
 @triton.jit
@@ -89,11 +116,12 @@ def project(
     X, V, BIAS, IMAGE, F, MASK, Y, channels, pixels, width, chunks, image_h, image_w,
     x_n, x_c, x_h, x_w, y_n, y_c, y_w, i_n, i_c, i_h, i_w,
     OUTPUTS: tl.constexpr, CLAMP: tl.constexpr, UP: tl.constexpr, GIVEN_MASK: tl.constexpr, SPLIT: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, ACC: tl.constexpr,
+    IN_ROW: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """PIXELS pixels of y, all outputs. MASK is written, or GIVEN: y is zero where its bits are set."""
     n = (tl.program_id(0) // chunks).to(tl.int64)
-    p = (tl.program_id(0) % chunks) * PIXELS + tl.arange(0, PIXELS)
+    start = (tl.program_id(0) % chunks) * PIXELS
+    p = start + tl.arange(0, PIXELS)
     ok = p < pixels
     x_row = (X + n * x_n + _pixels_at(p, width, x_h, x_w, SPLIT))[:, None]
     v = V + n * channels * OUTPUTS
@@ -103,31 +131,21 @@ def project(
         ch = block * CHANNELS + tl.arange(0, CHANNELS)
         ch_ok = ch < channels
         x = tl.load(x_row + (ch.to(tl.int64) * x_c)[None, :], mask=ok[:, None] & ch_ok[None, :], other=0.0).to(ACC)
-        t0 += project_tile(x, v, ch, ch_ok, ACC)
+        t0 = project_tile(t0, x, v, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 1:
-            t1 += project_tile(x, v + channels, ch, ch_ok, ACC)
+            t1 = project_tile(t1, x, v + channels, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 2:
-            t2 += project_tile(x, v + 2 * channels, ch, ch_ok, ACC)
+            t2 = project_tile(t2, x, v + 2 * channels, ch, ch_ok, BLOCKS, ACC)
         if OUTPUTS > 3:
-            t3 += project_tile(x, v + 3 * channels, ch, ch_ok, ACC)
-    bits = tl.zeros([PIXELS], tl.int32)
-    hidden = bits
-    if GIVEN_MASK:
-        hidden = tl.load(MASK + n * pixels + p, mask=ok, other=0).to(tl.int32)
-    for o in tl.static_range(OUTPUTS):
-        total = tl.sum(t0 if o == 0 else t1 if o == 1 else t2 if o == 2 else t3, 1)
-        if GIVEN_MASK:
-            total = tl.where((hidden >> o) & 1 == 1, 0.0, total)
-        bits = finish(total, o, n, p, ok, BIAS, IMAGE, F, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c, i_h,
-                       i_w, bits, CLAMP, UP, ACC)  # fmt: skip
-    if MASK is not None and not GIVEN_MASK:
-        tl.store(MASK + n * pixels + p, bits.to(tl.uint8), mask=ok)
+            t3 = project_tile(t3, x, v + 3 * channels, ch, ch_ok, BLOCKS, ACC)
+    finish(t0, t1, t2, t3, n, start, pixels, BIAS, IMAGE, F, MASK, Y, width, image_h, image_w, y_n, y_c, y_w, i_n, i_c,
+           i_h, i_w, OUTPUTS, CLAMP, UP, GIVEN_MASK, IN_ROW, ACC)  # fmt: skip
 
 
 @triton.jit
-def incoming(GY, n, o: tl.constexpr, p, ok, hidden, width, g_n, g_c, g_h, g_w, ACC: tl.constexpr):
+def incoming(GY, n, o: tl.constexpr, p, ok, hidden, width, g_n, g_c, g_h, g_w, SPLIT: tl.constexpr, ACC: tl.constexpr):
     """g of output o [pixels]: gy, or 0 where it was clamped."""
-    at = GY + n * g_n + o * g_c + (p // width).to(tl.int64) * g_h + (p % width) * g_w
+    at = GY + n * g_n + o * g_c + _pixels_at(p, width, g_h, g_w, SPLIT)
     g = tl.load(at, mask=ok, other=0.0).to(ACC)
     return tl.where((hidden >> o) & 1 == 1, 0.0, g)
 
@@ -136,8 +154,8 @@ def incoming(GY, n, o: tl.constexpr, p, ok, hidden, width, g_n, g_c, g_h, g_w, A
 def gradient(
     GY, X, V, MASK, GX, GV, GBIAS, channels, pixels, width, chunks,
     g_n, g_c, g_h, g_w, x_n, x_c, x_h, x_w, d_n, d_c, d_w,
-    OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
-    ACC: tl.constexpr,
+    OUTPUTS: tl.constexpr, SPLIT: tl.constexpr, G_SPLIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    TILES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles of gx, and their sums: GV [N, chunks, OUTPUTS, C], GBIAS [N, chunks, OUTPUTS]; None: not wanted."""
     blocks = tl.cdiv(channels, CHANNELS)
@@ -168,7 +186,7 @@ def gradient(
             x = tl.load(x_at[:, None] + (wide * x_c)[None, :], mask=both, other=0.0).to(ACC)
         gx = tl.zeros([PIXELS, CHANNELS], ACC)
         for o in tl.static_range(OUTPUTS):
-            g = incoming(GY, n, o, p, ok, hidden, width, g_n, g_c, g_h, g_w, ACC)
+            g = incoming(GY, n, o, p, ok, hidden, width, g_n, g_c, g_h, g_w, G_SPLIT, ACC)
             if GX is not None:
                 gx += g[:, None] * tl.load(v + o * channels, mask=ch_ok, other=0.0).to(ACC)[None, :]
             if o == 0:
@@ -303,7 +321,7 @@ def shown(each: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:
     return each * ((mask[:, None] >> bits) & 1 == 0)
 
 
-def _flat(t: Tensor) -> bool:
+def flat(t: Tensor) -> bool:
     """Do the pixels of t [N, C, H, W] lie evenly, one stride for all?"""
     return t.shape[2] == 1 or t.stride(2) == t.shape[3] * t.stride(3)
 
@@ -313,7 +331,7 @@ def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
     outputs = v.shape[1]
     y = empty(v, n, outputs, h, w, nhwc=is_nhwc(x))
     sizes = table.sizes("to_rgb.project", x)
-    pixels, channels = tile(c, h * w, is_nhwc(x), sizes.pop("elements"))
+    pixels, channels = tile_of_sums(c, h * w, is_nhwc(x), sizes.pop("elements"))
     chunks = -(-h * w // pixels)
     image_numbers = (0,) * 6 if image is None else (*image.shape[2:], *image.stride())
     launch.run(
@@ -321,8 +339,8 @@ def _launch_project(x, v, bias, image, f, clamp, mask, given_mask) -> Tensor:
         x, v.contiguous(), None if bias is None else bias.contiguous(), image, None if f is None else f.contiguous(),
         mask, y, c, h * w, w, chunks, *image_numbers[:2],
         *x.stride(), y.stride(0), y.stride(1), y.stride(3), *image_numbers[2:],
-        OUTPUTS=outputs, CLAMP=clamp, UP=f is not None, GIVEN_MASK=given_mask, SPLIT=not _flat(x),
-        PIXELS=pixels, CHANNELS=channels, BLOCKS=-(-c // channels), ACC=accumulator(x), **sizes,
+        OUTPUTS=outputs, CLAMP=clamp, UP=f is not None, GIVEN_MASK=given_mask, SPLIT=not flat(x),
+        IN_ROW=w % pixels == 0, PIXELS=pixels, CHANNELS=channels, BLOCKS=-(-c // channels), ACC=accumulator(x), **sizes,
     )  # fmt: skip
     return y
 
@@ -343,7 +361,7 @@ def _launch_gradient(gy, x, v, mask, want_x, want_v, want_bias) -> tuple[Tensor 
         gradient, (n * chunks * blocks,),
         gy, x, v.contiguous(), mask, gx, gv, gbias, c, h * w, w, chunks,
         *gy.stride(), *x.stride(), *strides,
-        OUTPUTS=outputs, SPLIT=not _flat(x), PIXELS=pixels, CHANNELS=channels, TILES=tiles,
+        OUTPUTS=outputs, SPLIT=not flat(x), G_SPLIT=not flat(gy), PIXELS=pixels, CHANNELS=channels, TILES=tiles,
         ACC=accumulator(x), **sizes,
     )  # fmt: skip
     return gx, None if gv is None else gv.sum(1), None if gbias is None else gbias.sum((0, 1))

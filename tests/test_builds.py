@@ -75,6 +75,7 @@ def test_a_sound_op(tmp_path):
     assert {row["target"] for row in rows} == set(builds.TARGETS)
     assert {row["kernel"] for row in rows} == {"scaled_square._forward", "scaled_square._backward"}
     assert all(8 < row["registers"] < 128 and row["spills"] == 0 for row in rows)
+    assert all((20 < row["executed"] < 2000 and row["issue"] > 0) != row["target"].startswith("gfx") for row in rows)
     for target in builds.TARGETS:
         # the two models launch the same: in each dtype one forward, one first and one second backward
         assert len([row for row in rows if row["target"] == target]) == 9
@@ -153,6 +154,38 @@ def test_floor_is_the_slower_of_bytes_and_flops():
     assert builds.floor_seconds(4.8e12, 0, "H200") == 1
     assert builds.floor_seconds(4.8e12, 989e12 * 2, "H200", "half") == 2
     assert builds.floor_seconds(4.8e12, 989e12 * 2, "H200", "tf32") == 4
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   FFMA R5, R16, UR23, R90 ;
+        /*0020*/              @!P6 LDG.E.128 R4, desc[UR16][R20.64] ;
+        /*0030*/               @P6 BRA `(.L_x_0) ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/                   STG.E.128 desc[UR16][R10.64], R4 ;
+.L_x_1:
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+        /*0080*/                   NOP;
+"""
+
+
+def test_instructions_of_a_thread_are_counted_as_often_as_they_run():
+    assert builds._executed(SASS, 5) == 1 + 3 * 5 + 4
+    assert builds._executed(SASS, 0) == 0  # a loop of unknown turns
+    assert builds._executed(SASS.replace("@P6 BRA", "@P6 FFMA"), 0) == 8
+    twice = SASS.replace("STG.E.128", "BRA `(.L_x_0)")
+    assert builds._executed(twice, 5) == 0
+    assert [builds.turns(launch.Launch(None, (1,), (), constants, 4, 2)) for constants in (
+        {"ROWS": 32, "UNROLL": 2}, {"TILES": 8}, {"BLOCKS": 3}, {"BLOCK_K": 64})] == [16, 8, 3, 0]  # fmt: skip
+
+
+def test_issue_floor_is_one_instruction_a_clock_and_scheduler():
+    each = launch.Launch(None, (132, 1), (), {}, 4, 2)
+    clock = builds.GPUS["H200"].vector / (132 * 128 * 2)  # 128 multiply-adds a clock and unit
+    assert builds.issue_seconds(a_build(executed=1000), each, "H200") == pytest.approx(1000 / clock)
 
 
 @pytest.mark.parametrize(

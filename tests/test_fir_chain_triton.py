@@ -7,10 +7,11 @@ from op_inputs import _one_thread, normal  # noqa: F401  (a fixture)
 from opcheck import CHECKS, check
 
 from hsrgan import kernels
-from hsrgan.kernels import launch
+from hsrgan.kernels import blocks, launch
 
 pytest.importorskip("triton")
 
+KINDS = ("blur", "chain", "slope", "source", "tangent")  # of kernels in the table
 TAPS = torch.tensor([1.0, 2.0, 4.0, 3.0], dtype=torch.float64) / 10  # not symmetric: a mirrored tap shows
 SMALL = {
     "sizes": ((1, 1, 3, 4), (1, 7, 4, 3), (2, 3, 2, 9), (1, 65, 2, 2), (0, 3, 4, 5)),
@@ -106,10 +107,14 @@ def test_every_padding_that_one_pass_takes(pad):
     same(before(pad, clamp=0.75), 1, 2, 5, 4)
 
 
-def test_programs_share_the_pixels_out():
+@pytest.mark.parametrize("span", [2, 4])
+def test_programs_share_the_pixels_out(span):
     """More rows than a strip, more columns than a tile, more channels than a block: each pixel is summed once."""
-    same(behind(clamp=0.75), 1, 65, 19, 12, order=1)
-    same(before(clamp=0.75), 1, 65, 19, 12, order=1)
+    sizes = {"values": 4, "unroll": 2, "span": span, "rows": 16, "num_warps": 4}
+    with blocks.using([blocks.Row(f"fir4.{kind}", "*", (4,), "*", tuple(sizes.items()), "") for kind in KINDS]):
+        for pad in (1, 2, 3):
+            same(behind(pad, clamp=0.75), 1, 65, 19, 18, order=1)
+        same(before(clamp=0.75), 1, 65, 19, 18, order=1)
 
 
 def test_noise_of_one_sample_is_shared():

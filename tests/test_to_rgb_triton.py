@@ -75,6 +75,17 @@ def test_more_channels_and_pixels_than_a_program_takes():
     same(case(clamp=8.0), 1, 70, 5, 9, order=1)
 
 
+@pytest.mark.parametrize("image", [None, 1, 2])
+def test_programs_that_divide_a_row_evenly(image):
+    """16 pixels of 64 channels in fp64: the row is told once for all."""
+    height, width = (2, 8) if image == 2 else (4, 16)
+    x = torch.empty(1, 64, 4, 16, dtype=torch.float64, device="meta").to(memory_format=torch.channels_last)
+    with launch.record() as launches:
+        kernels.to_rgb(x, x.new_empty(3, 64, 1, 1), x.new_empty(1, 64))
+    assert launches[0].constants["IN_ROW"] and launches[0].grid == (4,)
+    same(case(image=image, clamp=8.0), 1, 64, height, width, order=1)
+
+
 def test_a_third_derivative_is_right():
     same(case(outputs=2), 1, 2, 1, 2, order=3)
 

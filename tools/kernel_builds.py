@@ -5,6 +5,10 @@
 
 What is compiled is what the ops launch at the layer shapes of tools/kernel_shapes.py, forward, backward and twice
 differentiated. Exit code 1: a kernel spills, needs more shared memory than the chip has, or does not compile.
+
+issue: the time that the instructions take at one a clock and scheduler, by the time that the bytes take, both at the
+data sheet's rates. Above 1 instructions are the bound, not bytes; near 1 latency shows. Kernels with at most one loop,
+whose turns their constants tell; those of matrix products are left out.
 """
 
 from __future__ import annotations
@@ -50,15 +54,24 @@ def build(calls: list[Call], dtypes: list[str], targets: list[str], jobs: int = 
     for target in targets:
         recorded = record(calls, [DTYPES[name] for name in dtypes], target)
         for (i, _), one in builds.build_each([each for _, each in recorded], [target], jobs).items():
-            facts = {**asdict(one), "first": recorded[i][0], "launches": 0, "problems": one.problems()}
+            where, first = recorded[i]
+            facts = {**asdict(one), "first": where, "launches": 0, "problems": one.problems()}
+            facts["issue"] = issue(one, first)
             rows.setdefault(one, facts)["launches"] += 1
     return list(rows.values())
+
+
+def issue(one: Build, launch: launch.Launch) -> float:
+    """How long a GPU of NVIDIA's issues the launch's instructions, by how long it moves the bytes; 0: not known."""
+    gpu = next(gpu for gpu in GPUS.values() if gpu.target == one.target)
+    return builds.issue_seconds(one, launch, gpu) / builds.floor_seconds(builds.bytes_moved(launch), 0, gpu)
 
 
 def print_rows(rows: list[dict], console: Console) -> None:
     """One line a kernel, warps, stages and target, with the worst of its variants; then what must not be."""
     table = Table(title="Kernels, compiled ahead of time: the worst of each kernel's variants")
-    for heading in ("kernel", "target", "warps", "variants", "registers", "shared", "spills", "matrix", "occupancy"):
+    figures = ("warps", "variants", "registers", "shared", "spills", "matrix", "occupancy", "issue")
+    for heading in ("kernel", "target", *figures):
         table.add_column(heading, justify="left" if heading in ("kernel", "target", "matrix") else "right")
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -70,7 +83,10 @@ def print_rows(rows: list[dict], console: Console) -> None:
         least = min(builds.occupancy(Build(**{k: row[k] for k in fields}), gpu).share for row in group)
         matrix = " ".join(sorted({row["matrix"] for row in group}))
         figures = (f"{len(group)}", f"{worst['registers']}", f"{worst['shared']:,}", f"{worst['spills']}", matrix)
-        table.add_row(kernel, target, f"{warps}", *figures, f"{least:.0%} of {gpu.name}")
+        slots = max(row["issue"] for row in group)
+        table.add_row(
+            kernel, target, f"{warps}", *figures, f"{least:.0%} of {gpu.name}", f"{slots:.2f}" if slots else ""
+        )
     console.print(table)
     for row in rows:
         fixed = " ".join(word for word in row["variant"].split() if "=" in word)

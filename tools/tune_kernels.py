@@ -65,7 +65,9 @@ PROBES = (
     Probe("fir4.resample", "D skip, down", "forward", "fir4"),
     Probe("fir4.join", "D skip, branch", "backward", "fir4"),
     Probe("fir4.chain", "D conv0 + blur", "forward", "fir4"),
-    Probe("fir4.source", "G conv0, FIR + layer", "backward", "fir4"),
+    Probe("fir4.slope", "G conv0, FIR + layer", "backward", "fir4"),
+    Probe("fir4.source", "D conv0 + blur", "backward", "fir4"),
+    Probe("fir4.tangent", "G conv0, FIR + layer", "double", "fir4"),
     Probe("upfirdn2d", "2-d filter", "forward", "general"),
     Probe("to_rgb.project", "toRGB", "forward", "project"),
     Probe("to_rgb.gradient", "toRGB", "backward", "gradient"),
@@ -138,7 +140,8 @@ def candidates(row: Row) -> list[Row]:
     found = [row]
     for name, value in row.sizes:
         near = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
-        limits = {"num_warps": (1, 8), "num_stages": (1, 4), "unroll": (1, 4), "rows": (2, 32), "BR": (1, 64)}
+        limits = {"num_warps": (1, 8), "num_stages": (1, 4), "unroll": (1, 4), "rows": (2, 64), "BR": (1, 64)}
+        limits["span"] = (2, 4)
         least, most = limits.get(name, (1, 8192) if name in ("elements", "values") else (16, 256))
         if name == "registers":
             continue
