@@ -50,7 +50,10 @@ def as_printed(stdout: str) -> dict:
     lines = [text.strip() for text in stdout.split("run it:\n")[1].splitlines()]
     assert len(lines) == 3
     names: dict = {}
-    exec("\n".join(lines), names)
+    try:
+        exec("\n".join(lines), names)
+    finally:
+        torch.set_default_device(None)  # as a script's, it would be every later test's
     return names
 
 
