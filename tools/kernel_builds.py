@@ -129,7 +129,7 @@ def main(
     rows = build(calls, dtype, target, jobs)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print_rows(rows, Console())
+    print_rows(rows, Console(width=max(Console().width, 120)))  # the table's; a pipe has 80
     bad = sum(bool(row["problems"]) for row in rows)
     typer.echo(f"{len(rows)} builds, {bad} of them not fit to ship")
     raise typer.Exit(1 if bad else 0)
