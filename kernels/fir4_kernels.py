@@ -71,11 +71,11 @@ def _store(tensor, n, row, col, value, ok):
 
 @triton.jit
 def _within(i, size):
-    """0 ≤ i < size, in one comparison; size ≥ 0."""
+    """0 ≤ i < size, in one comparison; size ≥ 0. A size of 1 comes as a constant, which only tl.cast takes."""
     if i.dtype == tl.int64:
-        ok = i.to(tl.uint64) < size.to(tl.uint64)
+        ok = i.to(tl.uint64) < tl.cast(size, tl.uint64)
     else:
-        ok = i.to(tl.uint32) < size.to(tl.uint32)
+        ok = i.to(tl.uint32) < tl.cast(size, tl.uint32)
     return ok
 
 
