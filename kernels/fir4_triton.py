@@ -101,6 +101,8 @@ def launch_fir4(
     kind = {"activate": "chain", "slope": "slope"}.get(front, behind)
     kind = "resample" if max(up, down) > 1 and kind == "blur" else kind
     shape = _shape(y, steps_y, columns, f"fir4.{kind}")
+    if shape["registers"] and not is_nhwc(x):
+        shape["registers"] = 255  # values one by one have an address each
     strips, blocks = -(-steps_y // shape["ROWS"]), -(-columns // (shape["SPAN"] * shape["COLS"]))
     planes = len(sums)
     partial = None
