@@ -252,9 +252,11 @@ def test_normalisation_for_half_precision_needs_no_gradient(order):
     """Demodulation undoes it: with its maxima as constants a layer has the derivatives of one without it."""
     x, weight, style = normal(2, 5, 4, 4), normal(3, 5, 3, 3).requires_grad_(), normal(2, 5).requires_grad_()
     found = []
-    for prepare in (lambda w, s: (w, s), normalize_for_half):
-        w, s = prepare(weight, style)
-        y = kernels.conv2d_torch(x * s[:, :, None, None], w) * demodulation(w, s)[:, :, None, None]
+    for w, s, demodulate in (
+        (weight, style, lambda w, s: (s.square() @ w.square().sum((2, 3)).t() + 1e-8).rsqrt()),
+        (*normalize_for_half(weight, style), demodulation),
+    ):
+        y = kernels.conv2d_torch(x * s[:, :, None, None], w) * demodulate(w, s)[:, :, None, None]
         gradients = torch.autograd.grad(y.sin().sum(), [weight, style], create_graph=True)
         if order == 2:
             gradients = torch.autograd.grad(sum(g.square().sum() for g in gradients), [weight, style])

@@ -121,7 +121,7 @@ def test_a_wrong_candidate_is_never_timed(slot, monkeypatch):
     new, what = tune_kernels.tune(slot, "cpu", stopwatch(slot, seconds), "")
     assert new is None and "1 refused" in what
     wrong = {"elements": 2048, "num_warps": 4}  # today's own
-    with pytest.raises(UserError, match=r"bias_act.forward small, 4 bytes, D conv0, float32, forward: off; nothing"):
+    with pytest.raises(UserError, match=r"bias_act.forward small, 4 bytes, D conv0, float32, forward: off"):
         tune_kernels.tune(slot, "cpu", stopwatch(slot, seconds), "")
 
 
@@ -190,7 +190,7 @@ def test_new_convolutions_replace_their_like():
 
 
 def test_ctrl_c_writes_what_was_found(table, monkeypatch):
-    """One row of each table; the third slot is interrupted."""
+    """One row of each table; the first slot is wrong, which is said, and the last is interrupted."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     of_conv = conv_table.Row(Shape("3x3", 32, 32, 1024, True), "half", "sm_90", "library", None, "measured on a toy")
 
@@ -204,12 +204,17 @@ def test_ctrl_c_writes_what_was_found(table, monkeypatch):
     monkeypatch.setattr(launch, "chip", lambda x: "sm_90")
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)
     monkeypatch.setattr(kernel_timing, "Stopwatch", lambda: None)
-    monkeypatch.setattr(tune_kernels, "slots", lambda probes, chip: ["only"])
-    monkeypatch.setattr(tune_kernels, "tune", lambda *_: (row(7, source="measured on a toy"), "faster"))
+    def right_or_wrong(slot, *_):
+        if slot == "wrong":
+            raise UserError("fir4 is off")
+        return row(7, source="measured on a toy"), "faster"
+
+    monkeypatch.setattr(tune_kernels, "slots", lambda probes, chip: ["wrong", "only"])
+    monkeypatch.setattr(tune_kernels, "tune", right_or_wrong)
     monkeypatch.setattr(tune_convolutions, "slots", lambda chip: ["first", "second"])
     monkeypatch.setattr(tune_convolutions, "tune", interrupted)
     done = CliRunner().invoke(tune_kernels.app, ["--table", str(table)])
-    assert done.exit_code == 130, done.output
+    assert done.exit_code == 130 and "not timed: fir4 is off" in done.output, done.output
     assert blocks.read(table)[0] == row(7, source="measured on a toy") and len(blocks.read(table)) > 1
     assert conv_table.read(table.with_name("convolutions.json")) == (of_conv,)
 

@@ -209,7 +209,7 @@ def fastest(
         with using(candidate):
             complaint = truth.gate(op)
             if complaint and i == 0:
-                raise UserError(f"{unit}, {case.name}: {complaint}; nothing was written")
+                raise UserError(f"{unit}, {case.name}: {complaint}")
             if not complaint:
                 run = prepare(case, op, case.call.make(case.dtype, device))
                 times.append((stopwatch(run)["p50"], i))

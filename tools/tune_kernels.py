@@ -260,10 +260,13 @@ def measured(rows: tuple[Row, ...], probes: list[Probe], table: Path, convolutio
     work = [(slot, tune, new) for slot in slots(probes, chip)]
     if convolutions:
         work += [(slot, tune_convolutions.tune, new_convolutions) for slot in tune_convolutions.slots(chip)]
-    stopped = False
+    stopped = wrong = False
     try:
         for slot, tuned, found in track(work, "timing", console=console):
-            row, what = tuned(slot, "cuda", stopwatch, source)
+            try:
+                row, what = tuned(slot, "cuda", stopwatch, source)
+            except UserError as error:  # today's is wrong: said, and the others are tuned
+                row, what, wrong = None, f"not timed: {error}", True
             console.print(what)
             found += [] if row is None else [row]
     except KeyboardInterrupt:
@@ -275,8 +278,8 @@ def measured(rows: tuple[Row, ...], probes: list[Probe], table: Path, convolutio
         old = conv_table.read(beside) if beside.exists() else ()
         _write(beside, conv_table.text(tune_convolutions.merged(old, new_convolutions)))
     typer.echo(f"{len(new)} rows of {table} and {len(new_convolutions)} of {beside} are new for {chip} ({device})")
-    if stopped:
-        raise typer.Exit(130)
+    if stopped or wrong:
+        raise typer.Exit(130 if stopped else 1)
 
 
 def _write(path: Path, text: str) -> None:
