@@ -13,9 +13,9 @@ before the rules. Nothing is tuned at run time: all ranks read the same file.
     fir4, upfirdn2d     values a thread holds of a row; span: columns of a blur that it makes side by side; unroll: rows
         in flight; rows a program makes, at most (3 more are read); num_warps at most. Without work at the taps (blur,
         resample; source, tangent, join: more tensors behind the FIR) 16 bytes a thread and pairs of columns. With it
-        (chain: an activation, slope: a second tensor) a pixel is worked on by every thread whose taps reach it: 2.5 times a
-        column in pairs, 1.75 times in fours, at 8 bytes a thread in half precision. `registers` is what the fours or
-        the second tensor ask for on every chip; left alone ptxas spills the resampling.
+        (chain: an activation, slope: a second tensor) a pixel is worked on by every thread whose taps reach it: 2.5
+        times a column in pairs, 1.75 times in fours, at 8 bytes a thread in half precision. `registers` is what the
+        fours or the second tensor ask for on every chip; left alone ptxas spills the resampling.
     feature_match     pixels of a tile, BN, BC, BK at most; columns: of a tile, members: (image, bin column) pairs, the
         width of the product that pools; an ieee product takes ordinary multipliers and whole rows in registers, hence
         so narrow. The weights of a pool program stay on the chip where shared memory holds them beside two tiles of x:
