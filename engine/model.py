@@ -9,6 +9,7 @@ forward changes a parameter or a buffer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -168,7 +169,7 @@ class Synthesis(nn.Module):
             raise ValueError(f"return_features has {unknown}, but the blocks are at {self.resolutions}")
         dtype = self.b4.const.dtype
         noises = self._noises(ws.shape[0], noise, noise_mode, ws.device, dtype)
-        ws_list = ws.to(dtype).unbind(dim=1)
+        ws_list = (ws.to(dtype) / math.sqrt(self.w_dim)).unbind(dim=1)  # with the gain of every `Affine`
         x = image = None
         features = {}
         first = 0
