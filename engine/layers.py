@@ -76,14 +76,13 @@ class Linear(nn.Module):
         return y if self.act == "linear" else F.leaky_relu(y, 0.2)
 
 
-class Affine(Linear):
-    """A layer's style from its w: a `Linear` whose x bears the weight's gain already, once for all layers of G."""
+class Affine(nn.Module):
+    """A layer's map from w to its style, an equalised layer too; `Synthesis` applies those of all layers at once."""
 
     def __init__(self, w_dim: int, channels: int) -> None:
-        super().__init__(w_dim, channels, bias_init=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight.t())
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, w_dim))
+        self.bias = nn.Parameter(torch.ones(channels))
 
 
 class Conv(nn.Module):
@@ -137,11 +136,13 @@ class Conv(nn.Module):
 
 
 class SynthesisLayer(nn.Module):
-    """Modulated, demodulated 3×3 convolution with noise, bias, lrelu and clamp: x [N, in, h, w], w [N, w_dim] →
+    """Modulated, demodulated 3×3 convolution with noise, bias, lrelu and clamp: x [N, in, h, w], style [N, in] →
     [N, out, h·up, w·up].
 
     `noise_strength` is held as [1], because DeepSpeed refuses 0-dim parameters, but is [] in state dicts, as published.
     """
+
+    style_gain = 1.0
 
     def __init__(
         self,
@@ -168,9 +169,10 @@ class SynthesisLayer(nn.Module):
         self.register_load_state_dict_pre_hook(_strength_from_scalar)
 
     def forward(
-        self, x: Tensor, w: Tensor, noise: Tensor | None, torgb: Callable[..., tuple[Tensor, Tensor]] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """w bears the gain of `Affine`; noise [N, 1, h·up, w·up] or None for none.
+        self, x: Tensor, style: Tensor, noise: Tensor | None,
+        torgb: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """style: of this layer's `affine`; noise [N, 1, h·up, w·up] or None for none.
 
         torgb: a `ToRGB` that takes what the convolution returns and ends this layer in its own pass over memory; its
         (features, image) are returned. Of a layer that keeps the size.
@@ -180,7 +182,6 @@ class SynthesisLayer(nn.Module):
             "noise": noise, "strength": strength, "bias": self.bias, "act": "lrelu", "gain": self.act_gain,
             "clamp": self.clamp,
         }  # fmt: skip
-        style = self.affine(w)
         if torgb is not None and not finishes(x, self.weight):
             x, tail["demod"] = modulated_convolution(x, self.weight, style)
             return torgb(x, tail=tail)
@@ -211,14 +212,13 @@ class ToRGB(nn.Module):
         self.clamp = clamp
 
     def forward(
-        self, x: Tensor, w: Tensor, image: Tensor | None, taps: Tensor, tail: dict[str, Any] | None = None
+        self, x: Tensor, style: Tensor, image: Tensor | None, taps: Tensor, tail: dict[str, Any] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x [N, in, h, w], w [N, w_dim], image [N, C, h/2, w/2] fp32 or None → image [N, C, h, w] fp32.
+        """x [N, in, h, w], style [N, in], image [N, C, h/2, w/2] fp32 or None → image [N, C, h, w] fp32.
 
-        w bears the gain of `Affine`. tail: operands of the `bias_act` that is to make the features of x first →
-        (features, image).
+        style: of this layer's `affine`, times `style_gain`. tail: operands of the `bias_act` that is to make the
+        features of x first → (features, image).
         """
-        style = self.affine(w) * self.style_gain
         if tail is None:
             return to_rgb(x, self.weight, style, self.bias, clamp=self.clamp, image=image, f=taps)
         return bias_act_to_rgb(
