@@ -5,13 +5,14 @@ with a pointwise chain in front of it or behind it.
 
     FRONT "none"      v = x
           "activate"  v = chain(x + bias)                           chain: clamp(act(·)·gain), pointwise_triton
-          "slope"     v = x·m             and the sums over pixels Σ v, Σ x·source where unclamped, Σ v·noise
+          "slope"     v = x·m             and the sums over pixels Σ v, Σ x·source where unclamped, Σ v·noise,
+                      Σ x·source
     BACK  "none"      y = z·demod
           "add"       y = z·demod + source
-          "activate"  y = chain(z·demod + noise·strength + bias)
+          "activate"  y = chain(z·demod + noise·strength + bias), y2 = y·style
           "slope"     y = m·z             and Σ y
-          "tangent"   y = m·(z·demod + add + noise·noise_add) + source·source_add where unclamped,
-                      y2 = other·source_add where unclamped, and Σ other·m·z
+          "tangent"   y = m·(z·demod + add + noise·noise_add) + source·(source_add where unclamped + style),
+                      y2 = other·(source_add where unclamped + style), and Σ other·m·z
 
 m is the slope of the chain, piecewise linear then, told from `source`: from what the chain returned (OF_Y) or from what
 it was given, before the bias. Sums are over the pixels of a program, one row of partial sums each, in a fixed order.
@@ -26,7 +27,8 @@ channels_last a thread loads 8 or 16 bytes along the channels; other strides are
 import triton
 import triton.language as tl
 
-from hsrgan.kernels.pointwise_triton import limit_like, pointwise, pointwise_gradient, pointwise_gradient_from_y
+from hsrgan.kernels.fir4_rows import columns, row_of, unclamped, within
+from hsrgan.kernels.pointwise_triton import pointwise, pointwise_gradient, pointwise_gradient_from_y
 
 
 @triton.jit
@@ -38,14 +40,6 @@ def _slope(v, s, bias, OF_Y: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexp
     else:
         g = pointwise_gradient(v, s + bias, ACT, SLOPE, GAIN, CLAMP)
     return g
-
-
-@triton.jit
-def _unclamped(v, y, CLAMP: tl.constexpr):
-    """v where the chain that returned y did not clamp, else 0."""
-    if CLAMP is not None:
-        v = tl.where(tl.abs(y) < limit_like(y, CLAMP), v, 0.0)
-    return v
 
 
 @triton.jit
@@ -70,107 +64,6 @@ def _store(tensor, n, row, col, value, ok):
 
 
 @triton.jit
-def _within(i, size):
-    """0 ≤ i < size, in one comparison; size ≥ 0. A size of 1 comes as a constant, which only tl.cast takes."""
-    if i.dtype == tl.int64:
-        ok = i.to(tl.uint64) < tl.cast(size, tl.uint64)
-    else:
-        ok = i.to(tl.uint32) < tl.cast(size, tl.uint32)
-    return ok
-
-
-@triton.jit
-def _columns(row, height, width):
-    """How many columns there are in a row: none in a row that does not exist."""
-    return tl.where(_within(row, height), width, 0)
-
-
-@triton.jit
-def _tap(J: tl.constexpr, row, col, limit, chan_ok, bias, product, SPAN: tl.constexpr, CENTRE: tl.constexpr,
-         PRODUCT: tl.constexpr, FRONT: tl.constexpr, OF_Y: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
-         GAIN: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """v at columns col + J of a row; and product, plus x·source where unclamped if those are centre taps.
-
-    row: pointers to x and to source at columns col, and their strides of columns.
-    """
-    x_at, s_at, x_w, s_w = row
-    col += J
-    inside = _within(col, limit)
-    ok = inside[:, None] & chan_ok
-    v = tl.load(x_at + J * x_w, mask=ok, other=0.0).to(ACC)
-    if FRONT == "activate":  # the FIR pads what the chain returns: zeros, whatever the bias
-        v = pointwise(v + bias, ACT, SLOPE, GAIN, None)
-        if CLAMP is None:
-            v = tl.where(ok, v, 0.0)
-        else:  # the clamp makes them: an instruction a column instead of one a value
-            most = tl.where(inside, limit_like(tl.zeros_like(col).to(ACC), CLAMP), 0.0)[:, None]
-            v = tl.minimum(v, most, propagate_nan=tl.PropagateNan.ALL)
-            v = tl.maximum(v, -most, propagate_nan=tl.PropagateNan.ALL)
-    elif FRONT == "slope":
-        s = tl.load(s_at + J * s_w, mask=ok, other=0.0).to(ACC)
-        if OF_Y:
-            v = _unclamped(v, s, CLAMP)
-            if PRODUCT and (CENTRE <= J and J < CENTRE + SPAN):
-                product += v * s
-            v = pointwise_gradient_from_y(v, s, SLOPE, GAIN, None)
-        else:
-            v = pointwise_gradient(v, s + bias, ACT, SLOPE, GAIN, CLAMP)
-    return v, product
-
-
-@triton.jit
-def _row(x, source, n, row, col, height, width, chan_ok, bias, weights, product, UP: tl.constexpr, DOWN: tl.constexpr,
-         SPAN: tl.constexpr, CENTRE: tl.constexpr, PRODUCT: tl.constexpr, FRONT: tl.constexpr, OF_Y: tl.constexpr,
-         ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
-         ACC: tl.constexpr):  # fmt: skip
-    """One input row, filtered along it for SPAN output columns side by side; v at their centre taps; product with
-    theirs, if PRODUCT. Of the four that are returned the first SPAN count.
-    """
-    w0, w1, w2, w3 = weights
-    limit = _columns(row, height, width)
-    row = row.to(tl.int64)
-    pointer, x_n, x_h, x_w, x_at = x
-    at = pointer + n * x_n + row * x_h + ((col * x_w)[:, None] + x_at)
-    pointer, s_n, s_h, s_w, s_at = source
-    s = at
-    if FRONT == "slope":
-        s = pointer + n * s_n + row * s_h + ((col * s_w)[:, None] + s_at)
-    of = (at, s, x_w, s_w)
-    v0, product = _tap(0, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
-                        SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-    v1, product = _tap(1, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
-                        SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-    v2, product = _tap(2, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
-                        SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-    if UP == 2:
-        h = (w0 * v0 + w2 * v1, w1 * v1 + w3 * v2, v0, v0)
-        mid = h
-    else:
-        v3, product = _tap(3, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
-                            SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-        v4, v5, v6 = v3, v3, v3
-        if DOWN == 1:
-            v4, product = _tap(4, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
-                                SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-        if SPAN == 4:
-            v5, product = _tap(5, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
-                                SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-            v6, product = _tap(6, of, col, limit, chan_ok, bias, product, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT,
-                                SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
-        v = (v0, v1, v2, v3, v4, v5, v6)
-        h = (_filtered(v0, v1, v2, v3, weights), _filtered(v1, v2, v3, v4, weights),
-             _filtered(v2, v3, v4, v5, weights), _filtered(v3, v4, v5, v6, weights))  # fmt: skip
-        mid = (v[CENTRE], v[CENTRE + 1], v[CENTRE + 2 if SPAN == 4 else 0], v[CENTRE + 3 if SPAN == 4 else 0])
-    return h, mid, product
-
-
-@triton.jit
-def _filtered(v0, v1, v2, v3, weights):
-    w0, w1, w2, w3 = weights
-    return w0 * v0 + w1 * v1 + w2 * v2 + w3 * v3
-
-
-@triton.jit
 def _fall(a0, a1, a2, h, weights):
     """An output that lacked this row only, and the next three: a0 lacks one more row, a1 two, a2 three."""
     u0, u1, u2, u3 = weights
@@ -188,11 +81,11 @@ def _sum_of(mid, SPAN: tl.constexpr):
 @triton.jit
 def _times_noise(noise, n, row, col, mid, height, width, SPAN: tl.constexpr, ACC: tl.constexpr):
     """Σ mid·noise at SPAN columns from col on."""
-    limit = _columns(row, height, width)
+    limit = columns(row, height, width)
     row = row.to(tl.int64)
-    total = mid[0] * _load_map(noise, n, row, col, _within(col, limit), ACC)
+    total = mid[0] * _load_map(noise, n, row, col, within(col, limit), ACC)
     for i in tl.static_range(1, SPAN):
-        total += mid[i] * _load_map(noise, n, row, col + i, _within(col + i, limit), ACC)
+        total += mid[i] * _load_map(noise, n, row, col + i, within(col + i, limit), ACC)
     return total
 
 
@@ -201,9 +94,9 @@ def _emit(z, n, row, col, size, chan_ok, y, y2, source, other, noise, vectors, H
           HAS_Y2: tl.constexpr, BACK: tl.constexpr, OF_Y: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
           GAIN: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Store y at columns col of one output row; what is summed over its pixels is returned."""
-    bias, demod, strength, add, noise_add, source_add = vectors
+    bias, demod, strength, add, noise_add, source_add, style = vectors
     height, width = size
-    pixel_ok = _within(col, _columns(row, height, width))
+    pixel_ok = within(col, columns(row, height, width))
     ok = pixel_ok[:, None] & chan_ok
     row = row.to(tl.int64)
     value = z * demod
@@ -212,6 +105,8 @@ def _emit(z, n, row, col, size, chan_ok, y, y2, source, other, noise, vectors, H
         if HAS_NOISE:
             value += _load_map(noise, n, row, col, pixel_ok, ACC) * strength
         value = pointwise(value + bias, ACT, SLOPE, GAIN, CLAMP)
+        if HAS_Y2:
+            _store(y2, n, row, col, value * style, ok)
     elif BACK == "add":
         value += _load(source, n, row, col, ok, ACC)
     elif BACK == "slope":
@@ -225,29 +120,31 @@ def _emit(z, n, row, col, size, chan_ok, y, y2, source, other, noise, vectors, H
         value += add
         if HAS_NOISE:
             value += _load_map(noise, n, row, col, pixel_ok, ACC) * noise_add
-        value = _slope(value, s, bias, OF_Y, ACT, SLOPE, GAIN, CLAMP) + _unclamped(s * source_add, s, CLAMP)
+        both = unclamped(tl.zeros_like(s) + source_add, s, CLAMP) + style
+        value = _slope(value, s, bias, OF_Y, ACT, SLOPE, GAIN, CLAMP) + s * both
         if HAS_Y2:
-            _store(y2, n, row, col, _unclamped(o * source_add, s, CLAMP), ok)
+            _store(y2, n, row, col, o * both, ok)
     _store(y, n, row, col, value, ok)
     return part
 
 
 @triton.jit
 def fir4(
-    X, F, Y, Y2, SOURCE, OTHER, BIAS, DEMOD, NOISE, STRENGTH, ADD, NOISE_ADD, SOURCE_ADD, SUMS,
+    X, F, Y, Y2, SOURCE, OTHER, BIAS, DEMOD, NOISE, STRENGTH, ADD, NOISE_ADD, SOURCE_ADD, STYLE, SUMS,
     plane, channels, height, width, out_height, out_width, lead_y, lead_x, skip_y, skip_x, strips, blocks,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w, s_n, s_c, s_h, s_w, o_n, o_c, o_h, o_w, noise_n, noise_h, noise_w,
     FIR_GAIN: tl.constexpr, FLIP: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, CENTRE: tl.constexpr,
     FRONT: tl.constexpr, BACK: tl.constexpr, OF_Y: tl.constexpr,
     ACT: tl.constexpr, SLOPE: tl.constexpr, GAIN: tl.constexpr, CLAMP: tl.constexpr,
     SUM_V: tl.constexpr, SUM_PRODUCT: tl.constexpr, SUM_NOISE: tl.constexpr, SUM_BACK: tl.constexpr,
+    SUM_STYLE: tl.constexpr,
     ROWS: tl.constexpr, UNROLL: tl.constexpr, SPAN: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """See the top of the file. Step m's first input row is DOWN·m − lead_y, its first output row UP·m − skip_y.
 
-    SUMS [quantities, N, strips·blocks, C], `plane` values a quantity: those of SUM_V, SUM_PRODUCT, SUM_NOISE and
-    SUM_BACK that are asked for.
+    SUMS [quantities, N, strips·blocks, C], `plane` values a quantity: those of SUM_V, SUM_PRODUCT, SUM_NOISE, SUM_BACK
+    and SUM_STYLE (with SUM_PRODUCT only) that are asked for.
     """
     program = tl.program_id(0)
     groups = tl.cdiv(channels, CHANNELS)
@@ -268,6 +165,7 @@ def fir4(
     add = 0.0
     noise_add = 0.0
     source_add = 0.0
+    style = 0.0
     if BIAS is not None:
         bias = tl.load(BIAS + ch, mask=ch_ok, other=0.0).to(ACC)[None, :]
     if DEMOD is not None:
@@ -280,6 +178,8 @@ def fir4(
         noise_add = tl.load(NOISE_ADD + pair, mask=ch_ok, other=0.0).to(ACC)[None, :]
     if SOURCE_ADD is not None:
         source_add = tl.load(SOURCE_ADD + pair, mask=ch_ok, other=0.0).to(ACC)[None, :]
+    if STYLE is not None:
+        style = tl.load(STYLE + pair, mask=ch_ok, other=0.0).to(ACC)[None, :]
     # weights of a correlation: a convolution mirrors the filter
     w0 = tl.load(F + (0 if FLIP else 3)).to(ACC)
     w1 = tl.load(F + (1 if FLIP else 2)).to(ACC)
@@ -297,7 +197,7 @@ def fir4(
     out = OUT_STEP * k - skip_x
     weights = (w0, w1, w2, w3)
     falling = (u0, u1, u2, u3)
-    vectors = (bias, demod, strength, add, noise_add, source_add)
+    vectors = (bias, demod, strength, add, noise_add, source_add, style)
     size = (out_height, out_width)
     x = (X, x_n, x_h, x_w, (ch * x_c)[None, :])
     y = (Y, y_n, y_h, y_w, (ch * y_c)[None, :])
@@ -308,14 +208,15 @@ def fir4(
 
     row = DOWN * first - lead_y
     sum_v = tl.zeros([COLS, CHANNELS], ACC)
-    sum_product = sum_v
+    sum_product = (sum_v, sum_v)
+    PRODUCT: tl.constexpr = 2 if SUM_STYLE else 1 if SUM_PRODUCT else 0
     sum_noise = sum_v
     sum_back = sum_v
     a0, a1, a2, b0, b1, b2 = sum_v, sum_v, sum_v, sum_v, sum_v, sum_v
     c0, c1, c2, d0, d1, d2 = sum_v, sum_v, sum_v, sum_v, sum_v, sum_v  # columns 2 and 3 of a SPAN of 4
     for r in tl.static_range(HALO):
-        h, mid, product = _row(x, source, n, row + r, col, height, width, chan_ok, bias, weights, sum_product, UP, DOWN,
-                               SPAN, CENTRE, SUM_PRODUCT, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+        h, mid, product = row_of(x, source, n, row + r, col, height, width, chan_ok, bias, weights, sum_product, UP,
+                                 DOWN, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
         if BLUR:
             _, a0, a1, a2 = _fall(a0, a1, a2, h[0], falling)
             _, b0, b1, b2 = _fall(b0, b1, b2, h[1], falling)
@@ -331,7 +232,9 @@ def fir4(
             if SUM_V:
                 sum_v += tl.where(counted, _sum_of(mid, SPAN), 0.0)
             if SUM_PRODUCT:
-                sum_product = tl.where(counted, product, sum_product)
+                sum_product = (tl.where(counted, product[0], sum_product[0]), sum_product[1])
+            if SUM_STYLE:
+                sum_product = (sum_product[0], tl.where(counted, product[1], sum_product[1]))
             if SUM_NOISE:
                 sum_noise += _times_noise(noise, n, row + r, col + CENTRE, mid, tl.where(counted, height, 0), width,
                                           SPAN, ACC)  # fmt: skip
@@ -341,8 +244,8 @@ def fir4(
             m = start + r
             step = first + m
             at = row + DOWN * m
-            h, mid, sum_product = _row(x, source, n, at, col, height, width, chan_ok, bias, weights, sum_product, UP,
-                                       DOWN, SPAN, CENTRE, SUM_PRODUCT, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP,
+            h, mid, sum_product = row_of(x, source, n, at, col, height, width, chan_ok, bias, weights, sum_product, UP,
+                                       DOWN, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP,
                                        ACC)  # fmt: skip
             if BLUR:
                 z0, a0, a1, a2 = _fall(a0, a1, a2, h[0], falling)
@@ -352,8 +255,8 @@ def fir4(
                 if SUM_NOISE:
                     sum_noise += _times_noise(noise, n, at, col + CENTRE, mid, height, width, SPAN, ACC)
             elif DOWN == 2:
-                h1, _, _ = _row(x, source, n, at + 1, col, height, width, chan_ok, bias, weights, sum_product, UP, DOWN,
-                                SPAN, CENTRE, SUM_PRODUCT, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
+                h1, _, _ = row_of(x, source, n, at + 1, col, height, width, chan_ok, bias, weights, sum_product, UP,
+                                   DOWN, SPAN, CENTRE, PRODUCT, FRONT, OF_Y, ACT, SLOPE, GAIN, CLAMP, ACC)  # fmt: skip
                 z0 = a0 + u2 * h[0] + u3 * h1[0]
                 a0 = u0 * h[0] + u1 * h1[0]
             else:
@@ -384,11 +287,14 @@ def fir4(
         tl.store(into, tl.sum(sum_v, 0), mask=ch_ok)
         into += plane
     if SUM_PRODUCT:
-        tl.store(into, tl.sum(sum_product, 0), mask=ch_ok)
+        tl.store(into, tl.sum(sum_product[0], 0), mask=ch_ok)
         into += plane
     if SUM_NOISE:
         tl.store(into, tl.sum(sum_noise, 0), mask=ch_ok)
         into += plane
     if SUM_BACK:
         tl.store(into, tl.sum(sum_back, 0), mask=ch_ok)
+        into += plane
+    if SUM_STYLE:
+        tl.store(into, tl.sum(sum_product[1], 0), mask=ch_ok)
 

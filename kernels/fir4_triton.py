@@ -10,7 +10,7 @@ from hsrgan.kernels.fir4_kernels import fir4
 from hsrgan.kernels.tiles import is_nhwc, power_of_two, tile
 
 Sides = tuple[int, int, int, int]
-SUMS = ("v", "product", "noise", "back")
+SUMS = ("v", "product", "noise", "back", "style")
 
 
 def accumulator(t: Tensor) -> tl.dtype:
@@ -80,11 +80,13 @@ def launch_fir4(
     add: Tensor | None = None,
     noise_add: Tensor | None = None,
     source_add: Tensor | None = None,
+    style: Tensor | None = None,
     sums: tuple[str, ...] = (),
 ) -> list[Tensor]:
     """Fill y (and y2, of the same strides) from x [N, C, H, W] and f [4]; the sums asked for, [N, C] each, in fp32.
 
-    bias [C]; demod, add, noise_add, source_add [N, C]; noise [N or 1, 1, …] of y's size (of x's for the sum "noise").
+    bias [C]; demod, add, noise_add, source_add, style [N, C]; noise [N or 1, 1, …] of y's size (of x's for the sum
+    "noise").
     """
     n, c, h, w = x.shape
     out_h, out_w = y.shape[2:]
@@ -119,7 +121,7 @@ def launch_fir4(
         fir4,
         (n * strips * blocks * -(-c // shape["CHANNELS"]),),
         x, f.contiguous(), y, y2, source, other, _dense(bias), _dense(demod), noise, strength, _dense(add),
-        _dense(noise_add), _dense(source_add), partial,
+        _dense(noise_add), _dense(source_add), _dense(style), partial,
         n * strips * blocks * c, c, h, w, out_h, out_w, lead_y, lead_x, skip_y, skip_x, strips, blocks,
         *x.stride(), *y.stride(), *source_strides, *other_strides, *noise_strides,
         FIR_GAIN=gain, FLIP=flip, UP=up, DOWN=down, CENTRE=max(0, centre(sides)) if front == "slope" else 3,

@@ -4,8 +4,7 @@
     bias_act_fir(x) = upfirdn2d(bias_act(x))        between D's convolutions: bias, lrelu, clamp, then the blur
 
 The torch backend runs the two ops one after the other, and so does Triton wherever its kernel does not reach: other
-filters than 4 separable taps, resampling, smooth activations, a negative gain, a next style, noise that wants a
-gradient.
+filters than 4 separable taps, resampling, smooth activations, a negative gain, noise that wants a gradient.
 """
 
 from torch import Tensor
@@ -91,7 +90,7 @@ def fir_bias_act(
     like = x[:, :, :1, :1].expand(shape) if x.numel() else x.new_empty(0).as_strided(shape, (0, 0, 0, 0))
     tail = Tail(bias, demod, noise, strength, act, alpha, act_gain, clamp, next_style)
     tail.check(like)
-    fits = rates == (1, 1) and next_style is None and not launch.wants_gradient(noise)
+    fits = rates == (1, 1) and not launch.wants_gradient(noise)
     if launch.backend(x) == "triton" and fits and _fusible(f, tail):
         from hsrgan.kernels.fir_chain_triton import fir_bias_act_triton, gradient_fits
 

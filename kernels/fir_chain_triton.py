@@ -31,6 +31,7 @@ from torch.autograd import Function
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import Tail
+from hsrgan.kernels.bias_act_triton import Chain, First
 from hsrgan.kernels.fir4_triton import Sides, centre, empty, is_nhwc, launch_fir4
 from hsrgan.kernels.pointwise_triton import chain_of
 
@@ -76,33 +77,51 @@ def gradient_fits(sides: Sides) -> bool:
 
 
 def fir_bias_act_triton(x: Tensor, f: Tensor, tail: Tail, sides: Sides, flip: bool, gain: float) -> Tensor:
-    """`fir_bias_act` at rate 1 of checked arguments. Differentiable twice in x, bias, demod, strength."""
+    """`fir_bias_act` at rate 1 of checked arguments. Differentiable twice in x, bias, demod, strength, next_style."""
     blur = _Blur(sides, flip, float(gain), chain_of(tail, x.dtype))
-    return _FirBiasAct.apply(x, f, *tail.operands, blur)
+    found = _FirBiasAct.apply(x, f, *tail.operands, tail.next_style, blur)
+    return found if tail.next_style is None else found[0]
 
 
 class _FirBiasAct(Function):
-    @staticmethod
-    def forward(ctx, x, f, bias, demod, noise, strength, blur):
-        y, _ = blur.run(
-            x, f, is_nhwc(x), back="activate", bias=bias, demod=demod, noise=noise, strength=strength
-        )  # fmt: skip
-        ctx.save_for_backward(y, f, bias, demod, noise, strength)
-        ctx.blur, ctx.nhwc = blur, is_nhwc(x)
-        return y
+    """→ y, or with a style y·style and y, which nobody else is to use: second derivatives come back through it."""
 
     @staticmethod
-    def backward(ctx, gy):
-        y, f, bias, demod, noise, strength = ctx.saved_tensors
-        want_x, _, want_bias, want_demod, _, want_strength, _ = launch.wanted(ctx)
+    def forward(ctx, x, f, bias, demod, noise, strength, style, blur):
+        y, styled = blur.run(
+            x, f, is_nhwc(x), back="activate", bias=bias, demod=demod, noise=noise, strength=strength, style=style,
+            y2=style is not None,
+        )  # fmt: skip
+        ctx.save_for_backward(y, f, bias, demod, noise, strength, style)
+        ctx.blur, ctx.nhwc = blur, is_nhwc(x)
+        ctx.set_materialize_grads(False)
+        return y if style is None else (*styled, y)
+
+    @staticmethod
+    def backward(ctx, g, gy=None):
+        y, f, bias, demod, noise, strength, style = ctx.saved_tensors
+        want_x, _, want_bias, want_demod, _, want_strength, want_style, _ = launch.wanted(ctx)
+        gstyle = None
+        if gy is not None:  # the outer pass of a penalty: two gradients come together
+            if g is not None:
+                g, gstyle = _times_style(g, y, style)
+            g, style, want_style = gy if g is None else g + gy, None, False
+        if g is None:
+            return (None,) * 8
         sums = {
             "v": want_bias or (want_demod and bias is not None),
-            "product": want_demod,
+            "product": want_demod or (want_style and ctx.blur.chain["CLAMP"] is None),
             "noise": want_strength or (want_demod and noise is not None),
+            "style": want_style and ctx.blur.chain["CLAMP"] is not None,
         }
         sums = tuple(name for name, wanted in sums.items() if wanted)
-        gx, *totals = _Gradient.apply(gy, y, f, demod, noise, ctx.blur, ctx.nhwc, sums)
+        scale = demod if style is None else style if demod is None else demod * style
+        gx, *totals = _Gradient.apply(g, y, f, scale, noise, ctx.blur, ctx.nhwc, sums)
         total = dict(zip(sums, totals, strict=True))
+        if want_style:
+            gstyle = total["style" if "style" in total else "product"]
+        if style is not None:  # a style, constant over pixels, may meet the sums after them
+            total = {name: t * style for name, t in total.items() if name != "style"}
         gbias = gdemod = gstrength = None
         if want_bias:
             gbias = total["v"].sum(0).to(bias.dtype)
@@ -117,18 +136,26 @@ class _FirBiasAct(Function):
             elif noise is not None:
                 gdemod = gdemod - total["noise"]
             gdemod = (gdemod / demod).to(demod.dtype)
-        return gx if want_x else None, None, gbias, gdemod, None, gstrength, None
+        gstyle = None if gstyle is None else gstyle.to(ctx.saved_tensors[6].dtype)
+        return gx if want_x else None, None, gbias, gdemod, None, gstrength, gstyle, None
+
+
+def _times_style(g: Tensor, y: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+    """g·style, and Σ g·y over pixels [N, C]: the gradients of y·style, in one pass."""
+    chain = Chain(chain_of(Tail(act="linear"), y.dtype), False, y.shape, y.stride())
+    gy, _, gstyle, *_ = First.apply(g, y, None, style, None, None, None, chain, [True, False, True, *[False] * 3], None)
+    return gy, gstyle
 
 
 class _Gradient(Function):
-    """gy, y → gx and the sums asked for, [N, C] each."""
+    """g, y → gx and the sums asked for, [N, C] each."""
 
     @staticmethod
-    def forward(ctx, gy, y, f, demod, noise, blur, nhwc, sums):
+    def forward(ctx, gy, y, f, scale, noise, blur, nhwc, sums):
         gx, totals = blur.adjoint.run(
-            gy, f, nhwc, front="slope", source=y, demod=demod, noise=noise if "noise" in sums else None, sums=sums
+            gy, f, nhwc, front="slope", source=y, demod=scale, noise=noise if "noise" in sums else None, sums=sums
         )
-        ctx.save_for_backward(gy, y, f, demod, noise)
+        ctx.save_for_backward(gy, y, f, scale, noise)
         ctx.blur, ctx.sums = blur, sums
         ctx.set_materialize_grads(False)
         return gx, *totals
@@ -137,30 +164,31 @@ class _Gradient(Function):
     def backward(ctx, hx, *given):
         if hx is None and all(h is None for h in given):
             return (None,) * 8
-        want_gy, want_y, _, want_demod, *_ = launch.wanted(ctx)
+        want_gy, want_y, _, want_scale, *_ = launch.wanted(ctx)
         h = dict(zip(ctx.sums, given, strict=True))
-        want_y = want_y and h.get("product") is not None
-        ggy, gy2, gdemod = _Tangent.apply(
-            *ctx.saved_tensors, hx, h.get("v"), h.get("noise"), h.get("product"), ctx.blur, want_y, want_demod
-        )
-        return ggy if want_gy else None, gy2, None, gdemod, *(None,) * 4
+        want_y = want_y and (h.get("product") is not None or h.get("style") is not None)
+        ggy, gy2, gscale = _Tangent.apply(
+            *ctx.saved_tensors, hx, h.get("v"), h.get("noise"), h.get("product"), h.get("style"), ctx.blur, want_y,
+            want_scale,
+        )  # fmt: skip
+        return ggy if want_gy else None, gy2, None, gscale, *(None,) * 4
 
 
 class _Tangent(Function):
-    """What `_Gradient` takes, and the cotangents of what it gives → the gradients of gy, y, demod."""
+    """What `_Gradient` takes, and the cotangents of what it gives → the gradients of g, y, scale."""
 
     @staticmethod
-    def forward(ctx, gy, y, f, demod, noise, hx, h_v, h_noise, h_product, blur, want_y, want_demod):
+    def forward(ctx, gy, y, f, scale, noise, hx, h_v, h_noise, h_product, h_style, blur, want_y, want_scale):
         if hx is None:
             n, c, height, width = y.shape
             x0, x1, y0, y1 = blur.sides
             hx = y.new_zeros(()).expand(n, c, height + 3 - y0 - y1, width + 3 - x0 - x1)
         ggy, rest = blur.run(
-            hx, f, is_nhwc(y), back="tangent", source=y, other=gy, y2=want_y, demod=demod,
-            noise=None if h_noise is None else noise, add=h_v, noise_add=h_noise, source_add=h_product,
-            sums=("back",) if want_demod else (),
+            hx, f, is_nhwc(y), back="tangent", source=y, other=gy, y2=want_y, demod=scale,
+            noise=None if h_noise is None else noise, add=h_v, noise_add=h_noise, source_add=h_product, style=h_style,
+            sums=("back",) if want_scale else (),
         )  # fmt: skip
-        return ggy, rest.pop(0) if want_y else None, rest[0].to(demod.dtype) if want_demod else None
+        return ggy, rest.pop(0) if want_y else None, rest[0].to(scale.dtype) if want_scale else None
 
     @staticmethod
     def backward(ctx, *_):

@@ -55,11 +55,18 @@ def before(pad=2, bias=True, **options):
 
 
 BEHIND = behind(gain=1.5, clamp=0.75, act_gain=1.25, alpha=0.25)
+LAYER = ("bias", "demod", "noise", "strength")
+STYLED = behind(names=(*LAYER, "next_style"), gain=1.5, clamp=0.75, act_gain=1.25, alpha=0.25)
 BEFORE = before(gain=1.5, clamp=0.75, act_gain=1.25, alpha=0.25)
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name != "precision"])
 def test_contract_behind(name):
+    check(STYLED, name)
+
+
+@pytest.mark.parametrize("name", ["bounds", "values", "gradients", "second", "partial"])
+def test_contract_behind_without_a_style(name):
     check(BEHIND, name)
 
 
@@ -72,7 +79,8 @@ def test_contract_before(name):
 
 
 @pytest.mark.parametrize(
-    "one", [behind(gain=4.0, clamp=256.0), before(gain=1.5, clamp=256.0)], ids=["behind", "before"]
+    "one", [behind(gain=4.0, clamp=256.0), behind(names=(*LAYER, "next_style"), gain=4.0, clamp=256.0),
+           before(gain=1.5, clamp=256.0)], ids=["behind", "styled", "before"],
 )
 def test_contract_on_precision(one):
     """With a clamp as it is in use: at 0.75 a value just below it may round to it, and then counts as clamped."""
@@ -127,12 +135,23 @@ def test_noise_of_one_sample_is_shared():
 
 @pytest.mark.parametrize(
     "case",
-    [behind(act="swish"), behind(act_gain=-0.5), behind(names=("bias", "next_style")), behind(5), before(act="tanh"),
+    [behind(act="swish"), behind(act_gain=-0.5), behind(5), before(act="tanh"),
      before(act_gain=-0.5), before(pad=4, down=2), before(bias=False)],
-    ids=["swish", "negative gain", "next style", "wide padding", "tanh", "negative gain", "down", "no bias"],
+    ids=["swish", "negative gain", "wide padding", "tanh", "negative gain", "down", "no bias"],
 )  # fmt: skip
 def test_what_the_kernel_does_not_do_is_done_by_two_ops(case):
     same(case, 1, 2, 4, 3)
+
+
+@pytest.mark.parametrize("names", [(*LAYER, "next_style"), ("bias", "next_style"), ("demod", "next_style")])
+def test_next_style_without_a_clamp(names):
+    """One sum then serves the gradients of demod and of the style."""
+    same(behind(names=names), 1, 3, 4, 5)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (5,), (2, 5), (0, 5)])
+def test_some_gradients_beside_that_of_next_style(wanted):
+    same(STYLED, 1, 3, 4, 5, wanted=wanted)
 
 
 def test_noise_may_want_a_gradient():
