@@ -71,34 +71,34 @@ def normalize_for_half(weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
     return weight, style / style.detach().abs().amax(1, keepdim=True)
 
 
-def normalises(x: Tensor) -> bool:
-    """Are a layer's weight and style to be brought below 1 before they meet x?"""
-    return x.dtype == torch.float16
-
-
-def modulation_torch(weight: Tensor, style: Tensor, x: Tensor, *, transposed: bool = False) -> Modulation:
+def modulation_torch(
+    weight: Tensor, style: Tensor, x: Tensor, *, transposed: bool = False, normalise: bool | None = None
+) -> Modulation:
     """The definition of `modulation`. Its graph is ŵ itself."""
-    if normalises(x):
+    if x.dtype == torch.float16 if normalise is None else normalise:
         weight, style = normalize_for_half(weight, style)
     demod = demodulation(weight, style)
     weight = weight.transpose(0, 1) if transposed else weight
     return Modulation(weight, cast(weight, x), style, demod)
 
 
-def modulation(weight: Tensor, style: Tensor, x: Tensor, *, transposed: bool = False) -> Modulation:
+def modulation(
+    weight: Tensor, style: Tensor, x: Tensor, *, transposed: bool = False, normalise: bool | None = None
+) -> Modulation:
     """Weight [O, I, k, k] and style [N, I], fp32, made ready for a convolution of x, in its dtype and memory format.
 
-    transposed: for a transposed convolution, which takes [I, O, k, k]. Of x only dtype, format and device count. cast
-    has no graph; graph, style and demod are differentiable in weight and style, twice in Triton, any number of times in
-    PyTorch. The maxima that fp16 divides by count as constants.
+    Of x only dtype, format and device count. transposed: for a transposed convolution, which takes [I, O, k, k].
+    normalise: by the maxima, which count as constants; unless said, for fp16 x. cast has no graph; graph, style and
+    demod are differentiable in weight and style, twice in Triton, any number of times in PyTorch.
     """
     launch.check(weight.ndim == 4, f"weight must be [O, I, k, k]; got {list(weight.shape)}")
     launch.check(style.ndim == 2, f"style must be [N, I]; got {list(style.shape)}")
     launch.check_shape(weight, "weight", len(weight), style.shape[1], weight.shape[3], weight.shape[3])
     launch.check_devices(x, weight=weight, style=style)
     if launch.backend(x) == "torch":
-        return modulation_torch(weight, style, x, transposed=transposed)
+        return modulation_torch(weight, style, x, transposed=transposed, normalise=normalise)
     from hsrgan.kernels.demodulation_triton import modulation_triton
 
-    ready = modulation_triton(weight, style, x.dtype, layout(x), normalise=normalises(x), transposed=transposed)
+    normalise = x.dtype == torch.float16 if normalise is None else normalise
+    ready = modulation_triton(weight, style, x.dtype, layout(x), normalise=normalise, transposed=transposed)
     return Modulation(*ready)

@@ -30,13 +30,12 @@ def _store(M, r, c, r_ok, c_ok, columns, value):
 
 
 @triton.jit
-def _divisor(M, r, ok, LENGTH: tl.constexpr, ACC: tl.constexpr):
-    """Maxima r, or ones where nothing is normalised and beyond the last."""
-    if M is None:
-        m = tl.full([LENGTH], 1.0, ACC)
-    else:
-        m = tl.load(M + r, mask=ok, other=1.0).to(ACC)
-    return m
+def _factor(M, r, ok, LENGTH: tl.constexpr, ACC: tl.constexpr):
+    """One by the maxima r; ones where nothing is normalised and beyond the last."""
+    factor = tl.full([LENGTH], 1.0, ACC)
+    if M is not None:
+        factor = factor / tl.load(M + r, mask=ok, other=1.0).to(ACC)
+    return factor
 
 
 @triton.jit
@@ -56,7 +55,7 @@ def _over_samples(G, D, X, Y, YMAX, o, i, o_ok, i_ok, samples, outputs, inputs, 
         n_ok = n < samples
         u = _slope(G, D, n, o, n_ok, o_ok, outputs, ACC)
         xy = _matrix(X, n, i, n_ok, i_ok, inputs, ACC) * _matrix(Y, n, i, n_ok, i_ok, inputs, ACC)
-        xy = xy / _divisor(YMAX, n, n_ok, BN, ACC)[:, None]
+        xy = xy * _factor(YMAX, n, n_ok, BN, ACC)[:, None]
         total += tl.sum(u[:, :, None] * xy[:, None, :], 0)
     return total
 
@@ -79,14 +78,14 @@ def modulate(
             top = tl.maximum(top, tl.max(tl.abs(tl.load(at, mask=ok, other=0.0).to(ACC)), 2))
         m = tl.max(top, 1) * tl.sqrt(tl.full([BO], K * K, ACC) * inputs)
         tl.store(WMAX + o, m.to(WMAX.dtype.element_ty), mask=o_ok)
-        m = tl.where(o_ok, m, 1.0)
+        m = 1.0 / tl.where(o_ok, m, 1.0)
 
     energy = tl.zeros([BO, BI], ACC)
     for block in range(BLOCKS):
         i = block * BI + tl.arange(0, BI)
         i_ok = i < inputs
         at, ok = _weights(W, o, i, o_ok, i_ok, w_o, w_i, w_t, K, T)
-        w = tl.load(at, mask=ok, other=0.0).to(ACC) / m[:, None, None]
+        w = tl.load(at, mask=ok, other=0.0).to(ACC) * m[:, None, None]
         energy = tl.sum(w * w, 2)
         _store(E, o, i, o_ok, i_ok, inputs, energy)
         at, ok = _weights(CAST, o, i, o_ok, i_ok, c_o, c_i, c_t, K, T)
@@ -103,17 +102,17 @@ def modulate(
                 top_s = tl.maximum(top_s, tl.abs(_matrix(STYLE, n, i, n_ok, i < inputs, inputs, ACC)))
             s = tl.max(top_s, 1)
             tl.store(SMAX + n, s.to(SMAX.dtype.element_ty), mask=n_ok & (tl.program_id(0) == 0))
-            s = tl.where(n_ok, s, 1.0)
+            s = 1.0 / tl.where(n_ok, s, 1.0)
         total = tl.full([BN, BO], EPS, ACC)
         for block in range(BLOCKS):
             i = block * BI + tl.arange(0, BI)
             i_ok = i < inputs
-            style = _matrix(STYLE, n, i, n_ok, i_ok, inputs, ACC) / s[:, None]
+            style = _matrix(STYLE, n, i, n_ok, i_ok, inputs, ACC) * s[:, None]
             if S is not None:
                 _store(S, n, i, n_ok & (tl.program_id(0) == 0), i_ok, inputs, style)
             if BLOCKS > 1:  # once more from the weights: what this program has stored it must not read back
                 at, ok = _weights(W, o, i, o_ok, i_ok, w_o, w_i, w_t, K, T)
-                w = tl.load(at, mask=ok, other=0.0).to(ACC) / m[:, None, None]
+                w = tl.load(at, mask=ok, other=0.0).to(ACC) * m[:, None, None]
                 energy = tl.sum(w * w, 2)
             total += tl.sum((style * style)[:, None, :] * energy[None, :, :], 2)
         _store(D, n, o, n_ok, o_ok, outputs, tl.rsqrt(total))
@@ -137,16 +136,16 @@ def columns(
         by_e += u * _matrix(E, o, i, o_ok, i_ok, inputs, ACC)[None, :, :]
         if C is not None:
             by_c += u * _matrix(C, o, i, o_ok, i_ok, inputs, ACC)[None, :, :]
-    s = _divisor(SMAX, n, n_ok, BN, ACC)[:, None]
+    s = _factor(SMAX, n, n_ok, BN, ACC)[:, None]
     out = tl.zeros([BN, BI], ACC)
     if P is not None:
         p = _matrix(P, n, i, n_ok, i_ok, inputs, ACC)
         out = p * tl.sum(by_e, 1)
         if DIVIDED is not None:
-            _store(DIVIDED, n, i, n_ok, i_ok, inputs, p / s)
+            _store(DIVIDED, n, i, n_ok, i_ok, inputs, p * s)
     if ADD is not None:
         out += _matrix(ADD, n, i, n_ok, i_ok, inputs, ACC)
-    out = out / s
+    out = out * s
     if C is not None:
         out += _matrix(Q, n, i, n_ok, i_ok, inputs, ACC) * tl.sum(by_c, 1)
     if OUT is not None:
@@ -165,14 +164,14 @@ def rows(
     factor = _over_samples(G, D, S, S, None, o, i, o_ok, i_ok, samples, outputs, inputs, BO, BI, BN, ACC)
     if GE is not None:
         factor += 2.0 * _matrix(GE, o, i, o_ok, i_ok, inputs, ACC)
-    m = _divisor(WMAX, o, o_ok, BO, ACC)[:, None, None]
+    m = _factor(WMAX, o, o_ok, BO, ACC)[:, None, None]
     at, ok = _weights(W, o, i, o_ok, i_ok, w_o, w_i, w_t, K, T)
-    value = tl.load(at, mask=ok, other=0.0).to(ACC) / m * factor[:, :, None]
+    value = tl.load(at, mask=ok, other=0.0).to(ACC) * m * factor[:, :, None]
     if A is not None:
         at, ok = _weights(A, o, i, o_ok, i_ok, a_o, a_i, a_t, K, T)
         value += tl.load(at, mask=ok, other=0.0).to(ACC)
     at, ok = _weights(GW, o, i, o_ok, i_ok, g_o, g_i, g_t, K, T)
-    tl.store(at, (value / m).to(GW.dtype.element_ty), mask=ok)
+    tl.store(at, (value * m).to(GW.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -186,16 +185,16 @@ def second_rows(
     for A, GE, G, the weight, D and E, as far as they are not None."""
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     o_ok = o < outputs
-    m = _divisor(WMAX, o, o_ok, BO, ACC)[:, None, None]
+    m = _factor(WMAX, o, o_ok, BO, ACC)[:, None, None]
     inner = tl.zeros([BO, BI], ACC)
     for block in range(BLOCKS):
         i = block * BI + tl.arange(0, BI)
         i_ok = i < inputs
         if HW is not None:
             at, ok = _weights(HW, o, i, o_ok, i_ok, h_o, h_i, h_t, K, T)
-            h = tl.load(at, mask=ok, other=0.0).to(ACC) / m
+            h = tl.load(at, mask=ok, other=0.0).to(ACC) * m
             at, ok = _weights(W, o, i, o_ok, i_ok, w_o, w_i, w_t, K, T)
-            inner = tl.sum(h * (tl.load(at, mask=ok, other=0.0).to(ACC) / m), 2)
+            inner = tl.sum(h * tl.load(at, mask=ok, other=0.0).to(ACC) * m, 2)
             if FOR_GE is not None:
                 _store(FOR_GE, o, i, o_ok, i_ok, inputs, 2.0 * inner)
             if FOR_A is not None:
@@ -206,7 +205,7 @@ def second_rows(
                 if GE is not None:
                     factor += 2.0 * _matrix(GE, o, i, o_ok, i_ok, inputs, ACC)
                 at, ok = _weights(FOR_W, o, i, o_ok, i_ok, g_o, g_i, g_t, K, T)
-                tl.store(at, (h * factor[:, :, None] / m).to(FOR_W.dtype.element_ty), mask=ok)
+                tl.store(at, (h * factor[:, :, None] * m).to(FOR_W.dtype.element_ty), mask=ok)
         if FOR_E is not None:
             value = _over_samples(G, D, S, HS, SMAX, o, i, o_ok, i_ok, samples, outputs, inputs, BO, BI, BN, ACC)
             _store(FOR_E, o, i, o_ok, i_ok, inputs, value)
@@ -222,14 +221,14 @@ def second_rows(
                 s = _matrix(S, n, i, n_ok, i_ok, inputs, ACC)
                 if HS is not None:
                     tangent = s * _matrix(HS, n, i, n_ok, i_ok, inputs, ACC)
-                    tangent = tangent / _divisor(SMAX, n, n_ok, BN, ACC)[:, None]
+                    tangent = tangent * _factor(SMAX, n, n_ok, BN, ACC)[:, None]
                     t += tl.sum(tangent[:, None, :] * _matrix(E, o, i, o_ok, i_ok, inputs, ACC)[None, :, :], 2)
                 if HW is not None:
                     if BLOCKS > 1:
                         at, ok = _weights(HW, o, i, o_ok, i_ok, h_o, h_i, h_t, K, T)
-                        h = tl.load(at, mask=ok, other=0.0).to(ACC) / m
+                        h = tl.load(at, mask=ok, other=0.0).to(ACC) * m
                         at, ok = _weights(W, o, i, o_ok, i_ok, w_o, w_i, w_t, K, T)
-                        inner = tl.sum(h * (tl.load(at, mask=ok, other=0.0).to(ACC) / m), 2)
+                        inner = tl.sum(h * tl.load(at, mask=ok, other=0.0).to(ACC) * m, 2)
                     t += tl.sum((s * s)[:, None, :] * inner[None, :, :], 2)
             d = _matrix(D, n, o, n_ok, o_ok, outputs, ACC)
             if FOR_G is not None:

@@ -52,7 +52,7 @@ class _Modulation(Function):
         wmax = smax = s = None
         if normalise:
             wmax, smax, s = weight.new_empty(o), style.new_empty(n), style.new_empty(n, i)
-        sizes = _row_sizes(weight, n, "transposed" if transposed else "straight")
+        sizes = _row_sizes("modulate", weight, n, "transposed" if transposed else "straight")
         outward = cast.transpose(0, 1) if transposed else cast
         launch.run(
             kernels.modulate, (-(-o // sizes["BO"]),), walked, style, outward, s, d, e, wmax, smax, n, o, i,
@@ -94,7 +94,7 @@ class _First(Function):
         gweight = gstyle = None
         if want[0]:
             gweight = torch.empty_like(weight)
-            sizes = _row_sizes(weight, n, "straight")
+            sizes = _row_sizes("rows", weight, n)
             grid = (-(-o // sizes["BO"]), -(-i // sizes["BI"]))
             launch.run(
                 kernels.rows, grid, gw, ge, gd, d, s, weight, wmax, gweight, n, o, i,
@@ -137,7 +137,7 @@ class _Second(Function):
         for_w, for_s = made(want[4] and by_w, weight), made(want[5], s)
         for_d, for_e = made(want[6], d), made(want[7] and by_s, e)
         if any(t is not None for t in (for_a, for_g, for_ge, for_w, for_d, for_e)):
-            sizes = _row_sizes(weight, n, "straight")
+            sizes = _row_sizes("second", weight, n)
             launch.run(
                 kernels.second_rows, (-(-o // sizes["BO"]),), hw, hs, ge, gd, d, e, s, weight, wmax, smax,
                 for_a, for_ge, for_g, for_w, for_d, for_e, n, o, i,
@@ -153,9 +153,9 @@ class _Second(Function):
         raise RuntimeError("modulation has two derivatives in Triton; a third needs HSRGAN_BACKEND=torch")
 
 
-def _row_sizes(weight: Tensor, samples: int, shape: str) -> dict[str, object]:
+def _row_sizes(kernel: str, weight: Tensor, samples: int, shape: str = "") -> dict[str, object]:
     """The constants that kernels of a program for some outputs have in common."""
-    found = blocks.sizes("demodulation.rows", weight, shape)
+    found = blocks.sizes(f"demodulation.{kernel}", weight, shape)
     _, i, k, _ = weight.shape
     return {
         "BO": found.pop("outputs"), "BI": min(power_of_two(i), found.pop("inputs")),
@@ -167,7 +167,7 @@ def _row_sizes(weight: Tensor, samples: int, shape: str) -> dict[str, object]:
 def _columns(weight: Tensor, *tensors: Tensor | None) -> None:
     """tensors: what `kernels.columns` takes."""
     *_, d, e, _, _, _, _, _ = tensors
-    found, (n, o), i = blocks.sizes("demodulation.columns", weight, "*"), d.shape, e.shape[1]
+    found, (n, o), i = blocks.sizes("demodulation.columns", weight), d.shape, e.shape[1]
     bo, bi = min(power_of_two(o), found.pop("outputs")), found.pop("inputs")
     bn = min(power_of_two(n), found.pop("samples"))
     grid = (-(-i // bi), -(-n // bn))

@@ -6,13 +6,14 @@
 The right-hand form needs no weights per sample: scale the input, one shared convolution, scale the output.
 """
 
+import torch
 from torch import Tensor
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import Tail, bias_act_torch
 from hsrgan.kernels.conv2d import check_conv2d, conv2d_torch, convolution, geometry_of
 from hsrgan.kernels.conv2d_bias_act import layer
-from hsrgan.kernels.demodulation import EPS, Modulation, modulation, modulation_torch, normalises, normalize_for_half
+from hsrgan.kernels.demodulation import EPS, Modulation, modulation, modulation_torch, normalize_for_half
 
 
 def modulated_conv2d_torch(
@@ -31,7 +32,7 @@ def modulated_conv2d_torch(
     clamp: float | None = None,
 ) -> Tensor:
     """The definition of `modulated_conv2d`."""
-    if demodulate and normalises(x):
+    if demodulate and x.dtype == torch.float16:
         weight, style = normalize_for_half(weight, style)
     demod = (style.square() @ weight.square().sum((2, 3)).t() + EPS).rsqrt() if demodulate else None
     x = x * style.to(x.dtype)[:, :, None, None]
