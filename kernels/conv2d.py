@@ -107,19 +107,27 @@ def after(x: Tensor, weight: Tensor, up: int, f: Tensor | None) -> Tensor:
 
 
 def convolution(
-    x: Tensor, weight: Tensor, geometry: Geometry, style: Tensor | None = None, gain: float = 1
-) -> Tensor:
-    """gain·weight [Cout, Cin, k, k] ⋆ (x·style), style [N, Cin]: what is left of `conv2d` without the FIR."""
+    x: Tensor, weight: Tensor, geometry: Geometry, style: Tensor | None = None, gain: float = 1,
+    pair: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """gain·weight [Cout, Cin, k, k] ⋆ (x·style), style [N, Cin]: what is left of `conv2d` without the FIR.
+
+    pair: the weight as `Convolution` takes it, what its gradient goes to and the cast, where they are there already.
+    """
     tile = tile_of(x, len(weight), geometry, fused=style is not None)
     if tile is None and style is not None:
         # not inside the library's op: both of its gradients then come out of one pass over memory
         x, style = bias_act(x, demod=style, act="linear"), None
     if tile is None and geometry.k == 1 and x.is_contiguous(memory_format=torch.channels_last):
         # a matrix product, up to twice as fast; its gradients are too
-        weight = weight if gain == 1 else weight * gain
+        if pair is not None:
+            weight = pair[0]
+        elif gain != 1:
+            weight = weight * gain
         return F.linear(x.permute(0, 2, 3, 1), weight.to(x.dtype).flatten(1)).permute(0, 3, 1, 2)
-    weight, w = pair_of(weight.transpose(0, 1) if geometry.transposed else weight, gain, x)
-    return Convolution.apply(x, weight, style, w, geometry)
+    if pair is None:
+        pair = pair_of(weight.transpose(0, 1) if geometry.transposed else weight, gain, x)
+    return Convolution.apply(x, pair[0], style, pair[1], geometry)
 
 
 def transposed_padding(f: Tensor) -> tuple[int, int, int, int]:
