@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hsrgan.engine.layers import Conv, Linear, SynthesisLayer, ToRGB, append_minibatch_std, register_filter
-from hsrgan.kernels import downsample2d, downsample2d_branch
+from hsrgan.kernels import downsample2d, downsample2d_branch, prepared
 
 
 class SynthesisBlock(nn.Module):
@@ -33,7 +33,7 @@ class SynthesisBlock(nn.Module):
         half_dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.half_dtype = half_dtype
+        self.half_dtype, self.size = half_dtype, size
         register_filter(self)
         residual = architecture == "resnet" and in_channels > 0
         layer = {"w_dim": w_dim, "size": size}
@@ -64,18 +64,21 @@ class SynthesisBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [N, in, h/2, w/2], image [N, C, h/2, w/2] → both h×w. styles: of each convolution, then toRGB's."""
         dtype = self.half_dtype or self.conv1.weight.dtype
-        residual = None
+        residual = ready = None
         if x is None:
             n = styles[0].shape[0]  # len() would fix the batch of an exported graph
             x = self.const.to(dtype).expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
         else:
             x = x.to(dtype)
             residual = None if self.skip is None else self.skip(x)
-            x = self.conv0(x, styles[0], noises[0])
+            # conv1 alone reads what conv0 writes: its style can be multiplied in before
+            ready = prepared(x, self.conv1.weight, styles[1], self.size)
+            x = self.conv0(x, styles[0], noises[0], next_style=None if ready is None else ready.style)
         style = styles[len(self.layers) - 1]
         if self.torgb is not None and self.skip is None:  # both read what conv1 writes: one pass
-            return self.conv1(x, style, noises[-1], partial(self.torgb, style=styles[-1], image=image, taps=self.taps))
-        x = self.conv1(x, style, noises[-1])
+            torgb = partial(self.torgb, style=styles[-1], image=image, taps=self.taps)
+            return self.conv1(x, style, noises[-1], torgb, ready=ready)
+        x = self.conv1(x, style, noises[-1], ready=ready)
         if residual is not None:
             x = x + residual
         if self.torgb is not None:

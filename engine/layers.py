@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsrgan.kernels import (
+    Modulation,
     bias_act_fir,
     bias_act_to_rgb,
     blur_padding,
@@ -170,9 +171,11 @@ class SynthesisLayer(nn.Module):
 
     def forward(
         self, x: Tensor, style: Tensor, noise: Tensor | None,
-        torgb: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        torgb: Callable[..., tuple[Tensor, Tensor]] | None = None, *, next_style: Tensor | None = None,
+        ready: Modulation | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        """style: of this layer's `affine`; noise [N, 1, h·up, w·up] or None for none.
+        """style: of this layer's `affine`; noise [N, 1, h·up, w·up] or None for none; next_style: what the result is
+        multiplied with, ready: of `kernels.prepared`, where x has been multiplied so.
 
         torgb: a `ToRGB` that takes what the convolution returns and ends this layer in its own pass over memory; its
         (features, image) are returned. Of a layer that keeps the size.
@@ -183,9 +186,10 @@ class SynthesisLayer(nn.Module):
             "clamp": self.clamp,
         }  # fmt: skip
         if torgb is not None and not finishes(x, self.weight):
-            x, tail["demod"] = modulated_convolution(x, self.weight, style)
+            x, tail["demod"] = modulated_convolution(x, self.weight, style, ready=ready)
             return torgb(x, tail=tail)
-        x = modulated_conv2d(x, self.weight, style, up=self.up, f=self.taps if self.up > 1 else None, **tail)
+        f = self.taps if self.up > 1 else None
+        x = modulated_conv2d(x, self.weight, style, up=self.up, f=f, next_style=next_style, ready=ready, **tail)
         return x if torgb is None else (x, torgb(x))
 
 

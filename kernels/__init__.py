@@ -15,11 +15,11 @@ from hsrgan.kernels.conv_wgrad import (
     weight_gradient,
     weight_gradient_torch,
 )
-from hsrgan.kernels.demodulation import modulation, modulation_torch
+from hsrgan.kernels.demodulation import Modulation, modulation, modulation_torch
 from hsrgan.kernels.feature_match import feature_match, feature_match_torch
 from hsrgan.kernels.fir_chain import bias_act_fir, bias_act_fir_torch, fir_bias_act, fir_bias_act_torch
 from hsrgan.kernels.launch import backend, use_backend
-from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch, modulated_convolution
+from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch, modulated_convolution, prepared
 from hsrgan.kernels.styles import packed_styles, packed_styles_torch, styles
 from hsrgan.kernels.to_rgb import to_rgb, to_rgb_torch
 from hsrgan.kernels.upfirdn2d import (
@@ -34,6 +34,7 @@ from hsrgan.kernels.upfirdn2d import (
 )
 
 __all__ = [
+    "Modulation",
     "backend",
     "bias_act",
     "bias_act_fir",
@@ -60,11 +61,12 @@ __all__ = [
     "modulated_convolution",
     "modulated_weight_gradients",
     "modulated_weight_gradients_torch",
-    "packed_styles",
-    "packed_styles_torch",
-    "styles",
     "modulation",
     "modulation_torch",
+    "packed_styles",
+    "packed_styles_torch",
+    "prepared",
+    "styles",
     "to_rgb",
     "to_rgb_torch",
     "upfirdn2d",

@@ -87,13 +87,15 @@ def layer(
     """One layer of either network behind the FIR of down = 2, if any: of x·style, with its tail. pair: as for
     `convolution`."""
     geometry = geometry_of(weight, up, down)
-    if up == 1 and tail.told_by_y and tile_of(x, len(weight), geometry, fused=True) is not None:
+    fits = up == 1 and tail.told_by_y and tail.next_style is None
+    if fits and tile_of(x, len(weight), geometry, fused=True) is not None:
         return _fused(x, pair or pair_of(weight, weight_gain, x), style, tail, geometry)
     x = convolution(x, weight, geometry, style, weight_gain, pair)
     if up == 2 and weight.shape[-1] == 3 and tail.residual is None:
         return fir_bias_act(
             x, f, tail.bias, padding=transposed_padding(f), gain=4, demod=tail.demod, noise=tail.noise,
             strength=tail.strength, act=tail.act, alpha=tail.alpha, act_gain=tail.gain, clamp=tail.clamp,
+            next_style=tail.next_style,
         )  # fmt: skip
     return bias_act(after(x, weight, up, f), **tail._asdict())
 

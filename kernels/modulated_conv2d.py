@@ -13,6 +13,7 @@ from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import Tail, bias_act_torch
 from hsrgan.kernels.conv2d import check_conv2d, conv2d_torch, convolution, geometry_of
 from hsrgan.kernels.conv2d_bias_act import layer
+from hsrgan.kernels.convolution import tile_of
 from hsrgan.kernels.demodulation import EPS, Modulation, modulation, modulation_torch, normalize_for_half
 
 
@@ -30,6 +31,7 @@ def modulated_conv2d_torch(
     act: str = "lrelu",
     gain: float | None = None,
     clamp: float | None = None,
+    next_style: Tensor | None = None,
 ) -> Tensor:
     """The definition of `modulated_conv2d`."""
     if demodulate and x.dtype == torch.float16:
@@ -37,7 +39,9 @@ def modulated_conv2d_torch(
     demod = (style.square() @ weight.square().sum((2, 3)).t() + EPS).rsqrt() if demodulate else None
     x = x * style.to(x.dtype)[:, :, None, None]
     x = conv2d_torch(x, weight, up=up, f=f)
-    return bias_act_torch(x, bias, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp)
+    return bias_act_torch(
+        x, bias, demod=demod, noise=noise, strength=strength, act=act, gain=gain, clamp=clamp, next_style=next_style
+    )
 
 
 def modulated_conv2d(
@@ -54,42 +58,60 @@ def modulated_conv2d(
     act: str = "lrelu",
     gain: float | None = None,
     clamp: float | None = None,
+    next_style: Tensor | None = None,
+    ready: Modulation | None = None,
 ) -> Tensor:
-    """bias_act(conv2d(x·style, weight, up, f), bias, demod, noise, …): one synthesis layer; dtype and format of x.
+    """bias_act(conv2d(x·style, weight, up, f), bias, demod, noise, …)·next_style: a synthesis layer; dtype and format
+    of x.
 
     x [N, Cin, H, W]; weight [Cout, Cin, k, k]; style [N, Cin]; noise [N or 1, 1, up·H, up·W]; strength one value; bias
-    [Cout]. Weight and style stay in their own dtype (fp32) for the demodulation and are cast where they meet x. fp16 x
-    with demodulation: weight and style are first normalised by their maxima, which demodulation undoes.
+    [Cout]; next_style [N, Cout]. Weight and style stay in their own dtype (fp32) for the demodulation and are cast
+    where they meet x. fp16 x with demodulation: weight and style are first normalised by their maxima, which
+    demodulation undoes. ready: of `prepared`, where x has been multiplied with its style.
     Differentiable in every tensor but f, twice in Triton, any number of times in PyTorch.
     """
     check_conv2d(x, weight, up, 1, f)
-    ready = _ready(x, weight, style, up, demodulate)
-    style, demod = (style, None) if ready is None else ready[2:]
-    tail = Tail(bias, demod, noise, strength, act, gain=gain, clamp=clamp)
-    return layer(x, weight, style, tail, up=up, f=f, pair=ready and ready[:2])
+    style, demod, pair = _ready(x, weight, style, up, demodulate, ready)
+    tail = Tail(bias, demod, noise, strength, act, gain=gain, clamp=clamp, next_style=next_style)
+    return layer(x, weight, style, tail, up=up, f=f, pair=pair)
 
 
 def modulated_convolution(
-    x: Tensor, weight: Tensor, style: Tensor, *, demodulate: bool = True
+    x: Tensor, weight: Tensor, style: Tensor, *, demodulate: bool = True, ready: Modulation | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(c, demod), from which bias_act(c, demod=demod, …) makes modulated_conv2d(x, weight, style, …) at the size of x.
 
     For an op that does more in the pass of the tail than the tail. Arguments and derivatives as of `modulated_conv2d`.
     """
     check_conv2d(x, weight, 1, 1, None)
-    ready, geometry = _ready(x, weight, style, 1, demodulate), geometry_of(weight, 1, 1)
-    if ready is None:
-        return convolution(x, weight, geometry, style), None
-    return convolution(x, weight, geometry, ready.style, ready[:2]), ready.demod
+    style, demod, pair = _ready(x, weight, style, 1, demodulate, ready)
+    return convolution(x, weight, geometry_of(weight, 1, 1), style, pair=pair), demod
 
 
-def _ready(x: Tensor, weight: Tensor, style: Tensor, up: int, demodulate: bool) -> Modulation | None:
-    """Weight and style as they meet x, and the demodulation."""
+def prepared(x: Tensor, weight: Tensor, style: Tensor, size: tuple[int, int]) -> Modulation | None:
+    """Of a layer that keeps its size, and alone reads what another makes of x [N, C, *size]: its modulation, where the
+    other is to multiply the style in, as its `next_style`. None: the layer does that for nothing, in its own kernel, or
+    (in plain PyTorch) in a pass that costs the same.
+    """
+    if launch.backend(x) == "torch":
+        return None
+    like = x.new_empty(()).expand(len(x), weight.shape[1], *size)
+    of_its_own = tile_of(like, len(weight), geometry_of(weight, 1, 1), fused=True) is not None
+    return None if of_its_own else modulation(weight, style, x)
+
+
+def _ready(
+    x: Tensor, weight: Tensor, style: Tensor, up: int, demodulate: bool, ready: Modulation | None
+) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """The style that x is to be multiplied with, the demodulation, and the weight as `convolution` takes it."""
+    if ready is not None:
+        return None, ready.demod, ready[:2]
     launch.check_shape(style, "style", *x.shape[:2])
     launch.check_devices(x, style=style)
     if not demodulate:
-        return None
+        return style, None, None
     transposed = geometry_of(weight, up, 1).transposed
     # 1×1 may become a plain product, which reads the values of what its gradient goes to
     prepare = modulation if weight.shape[-1] > 1 else modulation_torch
-    return prepare(weight, style, x, transposed=transposed)
+    found = prepare(weight, style, x, transposed=transposed)
+    return found.style, found.demod, found[:2]
