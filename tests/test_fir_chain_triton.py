@@ -1,10 +1,13 @@
 """The fused chains in Triton: the op contract, where the kernel hands over to two ops, and penalties through both."""
 
+from collections import Counter
+
 import pytest
 import torch
 from op_cases import OpCase, assert_equal, truth_and_op
 from op_inputs import _one_thread, normal  # noqa: F401  (a fixture)
 from opcheck import CHECKS, check
+from small_networks import make_g
 
 from hsrgan import kernels
 from hsrgan.kernels import blocks, launch
@@ -157,6 +160,15 @@ def test_some_gradients_beside_that_of_next_style(wanted):
 def test_noise_may_want_a_gradient():
     case = behind(clamp=0.75)
     same(case, 1, 2, 4, 3, wanted=range(5))
+
+
+def test_conv1_finds_its_style_multiplied_in():
+    """A style of its own pass have only what reads features that toRGB reads too: b4.conv1 and the two conv0."""
+    g = make_g(half_dtype=torch.float16, num_fp16_res=1).to("meta")
+    with launch.record() as launches:
+        g.synthesis(torch.empty(2, g.synthesis.num_ws, g.synthesis.w_dim, device="meta"), noise_mode="none")
+    passes = Counter(one.kernel.fn.__module__.removeprefix("hsrgan.kernels.") for one in launches)
+    assert passes["bias_act_kernels"] == 3 and passes["fir4_kernels"] == 2
 
 
 def test_one_launch_forward_and_one_for_all_gradients():

@@ -112,6 +112,8 @@ def fir_chain(n: int, c: int, r: int) -> Iterator[Call]:
     if r > 4:
         behind = {"x": (n, c, r + 1, r + 1), "f": (4,), "bias": (c,), "demod": (n, c), "noise": (n, 1, r, r)}
         behind["strength"] = (1,)
+        if r < 512:  # above, conv1 has its style from its own kernel (kernels/conv_table.py)
+            behind["next_style"] = (n, c)
         options = {"padding": 1, "gain": 4.0, "clamp": CLAMP}
         yield Call("G conv0, FIR + layer", "fir_bias_act", behind, options, constants=("f", "noise"))
     before = {"x": (n, c, r, r), "f": (4,), "bias": (c,)}
