@@ -286,7 +286,7 @@ def test_a_checkout_that_is_none(tmp_path):
         kernel_timing.providers(tmp_path)
 
 
-def test_a_checkout_becomes_a_rival(tmp_path):
+def test_a_checkout_becomes_a_rival(tmp_path, monkeypatch):
     """Its ops are called with their own arguments, and PyTorch does around them what they leave out."""
     ops = tmp_path / "torch_utils" / "ops"
     ops.mkdir(parents=True)
@@ -298,16 +298,23 @@ def test_a_checkout_becomes_a_rival(tmp_path):
         "    return kernels.bias_act_torch(x, b, act=act, alpha=alpha, gain=gain, clamp=clamp)\n"
     )
     (ops / "upfirdn2d.py").write_text(
-        "from hsrgan.kernels import upfirdn2d_torch as upfirdn2d\n"
-        "from hsrgan.kernels import upsample2d_torch as upsample2d\n"
-        "from hsrgan.kernels import downsample2d_torch as downsample2d\n"
+        "from hsrgan import kernels\n"
+        "def filtered(op):\n"
+        "    def function(x, f, **options):\n"
+        "        assert f.ndim == 2  # filters of four taps are squares in their networks\n"
+        "        return op(x, f, **options)\n"
+        "    return function\n"
+        "upfirdn2d = filtered(kernels.upfirdn2d_torch)\n"
+        "upsample2d = filtered(kernels.upsample2d_torch)\n"
+        "downsample2d = filtered(kernels.downsample2d_torch)\n"
     )
+    (ops / "fma.py").write_text("import torch\n\ndef fma(a, b, c):\n    return torch.addcmul(c, a, b)\n")
     (ops / "conv2d_gradfix.py").write_text("enabled = False\n")
     (ops / "conv2d_resample.py").write_text(
         "from hsrgan.kernels import conv2d_torch\n"
         "from torch_utils.ops import conv2d_gradfix\n"
         "def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False):\n"
-        "    assert conv2d_gradfix.enabled\n"
+        "    assert conv2d_gradfix.enabled and (f is None or f.ndim == 2)\n"
         "    assert padding == w.shape[-1] // 2 and flip_weight == (up == 1) and w.dtype == x.dtype\n"
         "    return conv2d_torch(x, w, up=up, down=down, f=f)\n"
     )
@@ -318,15 +325,20 @@ def test_a_checkout_becomes_a_rival(tmp_path):
         "def modulated_conv2d(x, weight, styles, noise=None, up=1, down=1, padding=0, resample_filter=None,\n"
         "                     demodulate=True, flip_weight=True, fused_modconv=True):\n"
         "    assert padding == 1 and flip_weight == (up == 1) and not fused_modconv\n"
+        "    assert resample_filter is None or resample_filter.ndim == 2\n"
         "    return modulated_conv2d_torch(x, weight, styles, up=up, f=resample_filter, demodulate=demodulate,\n"
         "                                  noise=noise, act='linear')\n"
     )
-    before = list(sys.path)
+    before, built = list(sys.path), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_timing, "build", lambda *of: built.append(of))
     nvidia = kernel_timing.providers(tmp_path)["nvidia"]
-    assert sys.path == before
+    assert sys.path == before and built == [(tmp_path, "cuda")]  # before anything is timed
     assert nvidia(next(kernel_shapes.feature_match(1, 4, 8))) is None
     convolutions = kernel_timing.cases(list(kernel_shapes.convolution(1, 4, 8)), [torch.float32], ["forward"])
     rows = bench(small_cases() + convolutions, {"nvidia": nvidia})
     there = {"bias_act", "upfirdn2d", "upsample2d", "downsample2d", *kernel_timing.CONVOLUTIONS} - {"weight_gradient"}
     assert {row["op"] for row in rows} == there
     assert "torch_utils" not in sys.modules
+    half = kernel_timing.cases([case.call for case in convolutions], [torch.bfloat16], ["forward"])
+    assert bench(half, {"nvidia": nvidia}) == []  # its CUDA has no bf16

@@ -9,6 +9,7 @@ reads the inputs and both gradients and writes a gradient for each leaf and for 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from hsrgan.engine.graphs import leave
 from hsrgan.kernels import launch
 from hsrgan.kernels.conv_table import IMPLEMENTATIONS, use_convolution
 from hsrgan.tools.kernel_shapes import Call
-from hsrgan.tools.stylegan3_checkout import checkout
+from hsrgan.tools.stylegan3_checkout import build, checkout, gist
 
 MODES = ("forward", "backward", "double")
 # with two implementations: kernels/conv_table.py
@@ -148,7 +149,7 @@ class Truth:
         try:
             found = prepare(self.case, op, self.tensors)()
         except Exception as error:  # a provider that fails is not timed either, and the reason is the user's to read
-            return f"raises {type(error).__name__}: {error}"
+            return f"raises {type(error).__name__}: {gist(error)}"
         if len(found) != len(self.expected):
             return f"gives {len(found)} results in place of {len(self.expected)}"
         for i, (ours, expected, allowed) in enumerate(zip(found, self.expected, self.allowed, strict=True)):
@@ -314,21 +315,28 @@ def providers(stylegan3: Path | None) -> dict[str, Callable[[Call], Op | None]]:
 
 
 def possible(provider: str, case: Case) -> bool:
-    """torch.compile refuses an outer derivative of its backward pass."""
+    """torch.compile refuses an outer derivative of its backward pass; NVIDIA's CUDA has no bf16."""
+    if provider == "nvidia":
+        return case.dtype != torch.bfloat16
     return not (provider == "compiled" and case.mode == "double")
 
 
 def nvidia(path: Path) -> Callable[[Call], Op | None]:
     """NVIDIA's ops out of the user's checkout of stylegan3, with what they leave out done by PyTorch around them."""
-    names = ("bias_act", "conv2d_resample", "upfirdn2d")
+    names = ("bias_act", "conv2d_resample", "upfirdn2d", "fma")
     with checkout(path, *(f"torch_utils.ops.{name}" for name in names), "training.networks_stylegan2") as modules:
-        theirs_act, conv2d_resample, theirs_fir, networks = modules
+        theirs_act, conv2d_resample, theirs_fir, fma, networks = modules
+        if torch.cuda.is_available():
+            build(path, "cuda")
+
+    @functools.lru_cache(maxsize=1)  # theirs is made once for a network, too
+    def square(f):
+        """As their networks have it: one pass of 4×4 taps. A filter of four taps would take them two passes."""
+        return None if f is None else torch.outer(f, f)
 
     def bias_act(x, bias=None, *, demod=None, noise=None, strength=None, next_style=None, residual=None, **options):
-        if demod is not None:
-            x = x * demod.to(x.dtype)[:, :, None, None]
-        if noise is not None:
-            x = x + (noise * strength).to(x.dtype)
+        if demod is not None:  # with noise, as in all of G's layers
+            x = fma.fma(x, demod.to(x.dtype)[:, :, None, None], (noise * strength).to(x.dtype))
         options.setdefault("act", "lrelu")
         y = theirs_act.bias_act(x, None if bias is None else bias.to(x.dtype), **options)
         if next_style is not None:
@@ -337,7 +345,7 @@ def nvidia(path: Path) -> Callable[[Call], Op | None]:
 
     def conv2d(x, weight, *, up=1, down=1, f=None):
         return conv2d_resample.conv2d_resample(
-            x=x, w=weight.to(x.dtype), f=f, up=up, down=down, padding=weight.shape[-1] // 2, flip_weight=up == 1
+            x=x, w=weight.to(x.dtype), f=square(f), up=up, down=down, padding=weight.shape[-1] // 2, flip_weight=up == 1
         )
 
     def conv2d_bias_act(x, weight, bias=None, *, up=1, down=1, f=None, residual=None, **options):
@@ -347,8 +355,8 @@ def nvidia(path: Path) -> Callable[[Call], Op | None]:
                          **options):  # fmt: skip
         noise = None if noise is None else noise * strength
         x = networks.modulated_conv2d(
-            x=x, weight=weight, styles=style, noise=noise, up=up, padding=weight.shape[-1] // 2, resample_filter=f,
-            demodulate=demodulate, flip_weight=up == 1, fused_modconv=False,
+            x=x, weight=weight, styles=style, noise=noise, up=up, padding=weight.shape[-1] // 2, flip_weight=up == 1,
+            resample_filter=square(f), demodulate=demodulate, fused_modconv=False,
         )  # fmt: skip
         return bias_act(x, bias, **options)
 
@@ -357,8 +365,8 @@ def nvidia(path: Path) -> Callable[[Call], Op | None]:
         "conv2d": conv2d,
         "conv2d_bias_act": conv2d_bias_act,
         "modulated_conv2d": modulated_conv2d,
-        "upfirdn2d": lambda x, f, **options: theirs_fir.upfirdn2d(x, f, **options),
-        "upsample2d": lambda x, f, **options: theirs_fir.upsample2d(x, f, **options),
-        "downsample2d": lambda x, f, **options: theirs_fir.downsample2d(x, f, **options),
+        "upfirdn2d": lambda x, f, **options: theirs_fir.upfirdn2d(x, square(f), **options),
+        "upsample2d": lambda x, f, **options: theirs_fir.upsample2d(x, square(f), **options),
+        "downsample2d": lambda x, f, **options: theirs_fir.downsample2d(x, square(f), **options),
     }
     return lambda call: ops.get(call.op)
