@@ -102,6 +102,25 @@ def test_the_gate_is_of_the_dtype():
     assert "is off by" in truth.gate(rounded(1.01))
 
 
+def test_a_gradient_of_zeros_is_as_good_as_none():
+    """A convolution has no second derivative by x. NVIDIA's FIR before it makes zeros of that, and they are right."""
+    call = kernel_timing.Call("", "conv2d", {"x": (1, 4, 8, 8), "weight": (4, 4, 3, 3)})
+    truth = kernel_timing.Truth(kernel_timing.Case(call, torch.float32, "double"), "cpu")
+    assert truth.expected[0] is None
+    complaints = [
+        truth.gate(lambda x, weight, bent=bent: kernels.conv2d_torch(x, weight) + bent * x.square()) for bent in (0, 1)
+    ]
+    assert complaints[0] == "" and "result 0 is off by inf" in complaints[1]
+
+
+def test_a_single_number_that_the_definition_has_right_by_luck_allows_no_less_than_the_others():
+    layer = {"x": (1, 8, 8, 8), "demod": (1, 8), "noise": (1, 1, 8, 8), "strength": (1,)}
+    for options in ({"gain": 1.0}, {"gain": 1.1}, {"gain": 1.3}):
+        call = kernel_timing.Call("", "bias_act", layer, options)
+        allowed = kernel_timing.Truth(kernel_timing.Case(call, torch.float16, "backward"), "cpu").allowed
+        assert allowed[-1] == max(allowed) < 0.01
+
+
 def test_rows_and_files(tmp_path):
     cases = small_cases()
     rows = bench(cases, {"hsrgan": lambda call: getattr(kernels, call.op), "eager": eager, "absent": lambda call: None})
