@@ -184,6 +184,14 @@ def test_ctrl_c_keeps_the_rows_there_are(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
 
 
+def test_a_rival_that_is_not_ready_is_told_before_anything_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy")
+    monkeypatch.setattr(train_gpu, "bench", lambda *_: pytest.fail("timed"))
+    run = CliRunner().invoke(bench_train.app, ["--model", "tiny", "--stylegan3", str(tmp_path)])
+    assert run.exit_code == 2 and "name a checkout of stylegan3" in run.output
+
+
 def test_a_rival_that_is_wrong_leaves_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy")
@@ -317,18 +325,20 @@ def test_a_checkout_of_stylegan3_becomes_a_rival(tmp_path, monkeypatch, _once):
         train_stylegan3.ready(tmp_path, "bf16", Fake())
 
 
-def test_a_rival_that_fails_at_one_model_is_timed_at_the_other(tmp_path, monkeypatch, _once):
+def test_a_rival_that_fails_at_one_model_is_timed_at_the_other(tmp_path, monkeypatch):
     (tmp_path / "training").mkdir()
-    (tmp_path / "training" / "networks_stylegan2.py").write_text(CHECKOUT.replace("SCALE", "1"))
-    monkeypatch.setitem(kernel_shapes.MODELS, "huge", (32, 256))
+    (tmp_path / "training" / "networks_stylegan2.py").write_text("")
 
-    class Full(Fake):
-        def peak(self, run):
-            if not said:
-                raise torch.OutOfMemoryError("CUDA out of memory.\nA page of figures")
-            return super().peak(run)
+    def measure(networks, of, turns, probes):
+        if of.model == "huge":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nA page of figures")
+        return of.model
 
-    both, said = [variant(model="huge", precision="fp32"), variant(precision="fp32")], []
-    (row,) = train_stylegan3.bench(tmp_path, both, 1, Full(), said.append)
-    assert row["model"] == "tiny"
+    both, gpu, built, said = [variant(model="huge"), variant()], Fake(), [], []
+    gpu.device = torch.device("cuda")
+    monkeypatch.setattr(train_stylegan3, "build", lambda *of: built.append(of))
+    monkeypatch.setattr(train_stylegan3, "check", lambda *_: None)
+    monkeypatch.setattr(train_stylegan3, "measure", measure)
+    assert list(train_stylegan3.bench(tmp_path, both, 1, gpu, said.append)) == ["tiny"]
     assert said == ["not timed: huge: stylegan3 raises OutOfMemoryError: CUDA out of memory."]
+    assert built == [(tmp_path, gpu.device)]
