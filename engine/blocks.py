@@ -54,27 +54,32 @@ class SynthesisBlock(nn.Module):
         """The convolutions in order: each takes one w and one noise."""
         return [self.conv1] if self.conv0 is None else [self.conv0, self.conv1]
 
+    @property
+    def styled(self) -> list[SynthesisLayer | ToRGB]:
+        """The layers that take a style, in order."""
+        return self.layers if self.torgb is None else [*self.layers, self.torgb]
+
     def forward(
-        self, x: Tensor | None, image: Tensor | None, ws: Sequence[Tensor], noises: Sequence[Tensor | None]
+        self, x: Tensor | None, image: Tensor | None, styles: Sequence[Tensor], noises: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """x [N, in, h/2, w/2], image [N, C, h/2, w/2] → both h×w. ws: one per convolution, then toRGB's."""
+        """x [N, in, h/2, w/2], image [N, C, h/2, w/2] → both h×w. styles: of each convolution, then toRGB's."""
         dtype = self.half_dtype or self.conv1.weight.dtype
         residual = None
         if x is None:
-            n = ws[0].shape[0]  # len() would fix the batch of an exported graph
+            n = styles[0].shape[0]  # len() would fix the batch of an exported graph
             x = self.const.to(dtype).expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
         else:
             x = x.to(dtype)
             residual = None if self.skip is None else self.skip(x)
-            x = self.conv0(x, ws[0], noises[0])
-        w = ws[len(self.layers) - 1]
+            x = self.conv0(x, styles[0], noises[0])
+        style = styles[len(self.layers) - 1]
         if self.torgb is not None and self.skip is None:  # both read what conv1 writes: one pass
-            return self.conv1(x, w, noises[-1], partial(self.torgb, w=ws[-1], image=image, taps=self.taps))
-        x = self.conv1(x, w, noises[-1])
+            return self.conv1(x, style, noises[-1], partial(self.torgb, style=styles[-1], image=image, taps=self.taps))
+        x = self.conv1(x, style, noises[-1])
         if residual is not None:
             x = x + residual
         if self.torgb is not None:
-            image = self.torgb(x, ws[-1], image, self.taps)
+            image = self.torgb(x, styles[-1], image, self.taps)
         return x, image
 
 

@@ -72,9 +72,17 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # x bears the weight's scale: it is smaller, and the weight's gradient then needs no scaling either
-        bias = self.bias if self.bias_gain == 1 else self.bias * self.bias_gain  # every launch counts where G is small
-        y = torch.addmm(bias, x * self.weight_gain, self.weight.t())
+        y = torch.addmm(self.bias, x * self.weight_gain, self.weight.t(), beta=self.bias_gain)
         return y if self.act == "linear" else F.leaky_relu(y, 0.2)
+
+
+class Affine(nn.Module):
+    """A layer's map from w to its style, an equalised layer too; `Synthesis` applies those of all layers at once."""
+
+    def __init__(self, w_dim: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, w_dim))
+        self.bias = nn.Parameter(torch.ones(channels))
 
 
 class Conv(nn.Module):
@@ -115,25 +123,26 @@ class Conv(nn.Module):
         1×1 layer with down=2 is whose x has been through `downsample2d_branch`.
         """
         f = self.taps if self.up > 1 or self.down > 1 else None
-        weight = self.weight * self.weight_gain
-        resampling = {"up": self.up, "down": self.down, "f": f, "blurred": blurred}
+        scaled = {"up": self.up, "down": self.down, "f": f, "blurred": blurred, "weight_gain": self.weight_gain}
         if self.bias is None:
-            return conv2d(x, weight, **resampling)
+            return conv2d(x, self.weight, **scaled)
         bias = self.bias * self.act_gain
         if blurs:
-            x, padding = conv2d(x, weight, **resampling), blur_padding(self.taps)
+            x, padding = conv2d(x, self.weight, **scaled), blur_padding(self.taps)
             return bias_act_fir(x, self.taps, bias, act="lrelu", act_gain=1, clamp=self.clamp, padding=padding)
         return conv2d_bias_act(
-            x, weight, bias, act="lrelu", gain=1, clamp=self.clamp, residual=residual, **resampling
+            x, self.weight, bias, act="lrelu", gain=1, clamp=self.clamp, residual=residual, **scaled
         )  # fmt: skip
 
 
 class SynthesisLayer(nn.Module):
-    """Modulated, demodulated 3×3 convolution with noise, bias, lrelu and clamp: x [N, in, h, w], w [N, w_dim] →
+    """Modulated, demodulated 3×3 convolution with noise, bias, lrelu and clamp: x [N, in, h, w], style [N, in] →
     [N, out, h·up, w·up].
 
     `noise_strength` is held as [1], because DeepSpeed refuses 0-dim parameters, but is [] in state dicts, as published.
     """
+
+    style_gain = 1.0
 
     def __init__(
         self,
@@ -148,7 +157,7 @@ class SynthesisLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.up = up
-        self.affine = Linear(w_dim, in_channels, bias_init=1)
+        self.affine = Affine(w_dim, in_channels)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.noise_strength = nn.Parameter(torch.zeros(1))
@@ -160,9 +169,10 @@ class SynthesisLayer(nn.Module):
         self.register_load_state_dict_pre_hook(_strength_from_scalar)
 
     def forward(
-        self, x: Tensor, w: Tensor, noise: Tensor | None, torgb: Callable[..., tuple[Tensor, Tensor]] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """noise [N, 1, h·up, w·up] or None for none.
+        self, x: Tensor, style: Tensor, noise: Tensor | None,
+        torgb: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """style: of this layer's `affine`; noise [N, 1, h·up, w·up] or None for none.
 
         torgb: a `ToRGB` that takes what the convolution returns and ends this layer in its own pass over memory; its
         (features, image) are returned. Of a layer that keeps the size.
@@ -172,7 +182,6 @@ class SynthesisLayer(nn.Module):
             "noise": noise, "strength": strength, "bias": self.bias, "act": "lrelu", "gain": self.act_gain,
             "clamp": self.clamp,
         }  # fmt: skip
-        style = self.affine(w)
         if torgb is not None and not finishes(x, self.weight):
             x, tail["demod"] = modulated_convolution(x, self.weight, style)
             return torgb(x, tail=tail)
@@ -196,20 +205,20 @@ class ToRGB(nn.Module):
 
     def __init__(self, in_channels: int, img_channels: int, *, w_dim: int, clamp: float | None = None) -> None:
         super().__init__()
-        self.affine = Linear(w_dim, in_channels, bias_init=1)
+        self.affine = Affine(w_dim, in_channels)
         self.weight = nn.Parameter(torch.randn(img_channels, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(img_channels))
         self.style_gain = 1 / math.sqrt(in_channels)
         self.clamp = clamp
 
     def forward(
-        self, x: Tensor, w: Tensor, image: Tensor | None, taps: Tensor, tail: dict[str, Any] | None = None
+        self, x: Tensor, style: Tensor, image: Tensor | None, taps: Tensor, tail: dict[str, Any] | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """x [N, in, h, w], w [N, w_dim], image [N, C, h/2, w/2] fp32 or None → image [N, C, h, w] fp32.
+        """x [N, in, h, w], style [N, in], image [N, C, h/2, w/2] fp32 or None → image [N, C, h, w] fp32.
 
-        tail: operands of the `bias_act` that is to make the features of x first → (features, image).
+        style: of this layer's `affine`, times `style_gain`. tail: operands of the `bias_act` that is to make the
+        features of x first → (features, image).
         """
-        style = self.affine(w) * self.style_gain
         if tail is None:
             return to_rgb(x, self.weight, style, self.bias, clamp=self.clamp, image=image, f=taps)
         return bias_act_to_rgb(

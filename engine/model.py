@@ -9,6 +9,7 @@ forward changes a parameter or a buffer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ from hsrgan.engine.errors import UserError
 from hsrgan.engine.layers import Linear, normalize_2nd_moment
 from hsrgan.engine.pretrained import Pretrained
 from hsrgan.engine.sizes import Resolution, block_sizes, plain
+from hsrgan.kernels import styles
 
 ARCHITECTURES = ("skip", "orig", "resnet")
 NOISE_MODES = ("random", "const", "none")
@@ -168,18 +170,29 @@ class Synthesis(nn.Module):
             raise ValueError(f"return_features has {unknown}, but the blocks are at {self.resolutions}")
         dtype = self.b4.const.dtype
         noises = self._noises(ws.shape[0], noise, noise_mode, ws.device, dtype)
-        ws_list = ws.to(dtype).unbind(dim=1)
         x = image = None
         features = {}
-        first = 0
+        styled, noises = iter(self._styles(ws.to(dtype))), iter(noises)
         for r in self.resolutions:
             block = getattr(self, f"b{r}")
-            last = first + len(block.layers)  # toRGB shares its w with the next block's conv0
-            x, image = block(x, image, ws_list[first : last + 1], noises[first:last])
-            first = last
+            x, image = block(x, image, [next(styled) for _ in block.styled], [next(noises) for _ in block.layers])
             if r in return_features:
                 features[r] = x.to(dtype)
         return (image, features) if return_features else image
+
+    def _styles(self, ws: Tensor) -> tuple[Tensor, ...]:
+        """The style of every layer in order; a toRGB shares its w with the next block's conv0."""
+        layers, which, first = [], [], 0
+        for r in self.resolutions:
+            block = getattr(self, f"b{r}")
+            layers += block.styled
+            which += range(first, first + len(block.styled))
+            first += len(block.layers)
+        gains = [layer.style_gain for layer in layers]
+        return styles(
+            ws / math.sqrt(self.w_dim), [layer.affine.weight for layer in layers],
+            [layer.affine.bias for layer in layers], which, gains,
+        )  # fmt: skip
 
     def _noises(
         self, n: int, noise: Tensor | None, mode: str, device: torch.device, dtype: torch.dtype

@@ -19,6 +19,7 @@ from hsrgan.kernels.feature_match import feature_match, feature_match_torch
 from hsrgan.kernels.fir_chain import bias_act_fir, bias_act_fir_torch, fir_bias_act, fir_bias_act_torch
 from hsrgan.kernels.launch import backend, use_backend
 from hsrgan.kernels.modulated_conv2d import modulated_conv2d, modulated_conv2d_torch, modulated_convolution
+from hsrgan.kernels.styles import packed_styles, packed_styles_torch, styles
 from hsrgan.kernels.to_rgb import to_rgb, to_rgb_torch
 from hsrgan.kernels.upfirdn2d import (
     downsample2d,
@@ -58,6 +59,9 @@ __all__ = [
     "modulated_convolution",
     "modulated_weight_gradients",
     "modulated_weight_gradients_torch",
+    "packed_styles",
+    "packed_styles_torch",
+    "styles",
     "to_rgb",
     "to_rgb_torch",
     "upfirdn2d",

@@ -291,8 +291,9 @@ class _Gradient(Function):
             **chain.constants, OUTPUTS=outputs, ACC=accumulator(z), SPLIT=over.split, R_SPLIT=not flat(grgb),
             BLOCK_P=block_p, BLOCK_C=block_c, TILES=tiles,
         )  # fmt: skip
-        totals = iter([] if sums is None else sum_over(sums, 2))
-        gv = torch.stack([next(totals) for _ in range(outputs)], 1) if want_v else None
+        totals = () if sums is None else sum_over(sums, 2)
+        gv = totals[:outputs].transpose(0, 1) if want_v else None
+        totals = iter(totals[outputs * want_v :])
         gbias = sum_over(next(totals), 0).to(bias.dtype) if want_bias else None
         gdemod = next(totals).to(demod.dtype) if want_demod else None
         gstrength = next(totals).sum().to(strength.dtype).reshape(strength.shape) if want_strength else None

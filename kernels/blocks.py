@@ -21,6 +21,7 @@ before the rules. Nothing is tuned at run time: all ranks read the same file.
         so narrow. The weights of a pool program stay on the chip where shared memory holds them beside two tiles of x:
         streaming both asks twice as much of the L2. What fits gfx942's 64 kB fits everywhere. dw, narrow or ragged:
         short vectors cost addresses, hence registers.
+    styles      ROWS of one layer, SAMPLES and FEATURES of a tile: enough programs for a chip, small products.
 
 registers: what a thread may take on NVIDIA. fp64 (tests, no training) takes the row of fp32 with half the values.
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import bias_act
-from hsrgan.kernels.convolution import Convolution, Geometry, cast, tile_of
+from hsrgan.kernels.convolution import Convolution, Geometry, pair_of, tile_of
 from hsrgan.kernels.upfirdn2d import (
     down_padding,
     downsample2d,
@@ -30,10 +30,12 @@ from hsrgan.kernels.upfirdn2d import (
 )
 
 
-def conv2d_torch(x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor | None = None) -> Tensor:
+def conv2d_torch(
+    x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor | None = None, weight_gain: float = 1
+) -> Tensor:
     """The definition of `conv2d`."""
     k = weight.shape[-1]
-    weight = weight.to(x.dtype)
+    weight = (weight * weight_gain).to(x.dtype)
     if up == 1 and down == 1:
         return F.conv2d(x, weight, padding=k // 2)
     if k == 1:
@@ -65,18 +67,20 @@ def check_conv2d(x: Tensor, weight: Tensor, up: int, down: int, f: Tensor | None
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor | None = None, blurred: bool = False
-) -> Tensor:
+    x: Tensor, weight: Tensor, *, up: int = 1, down: int = 1, f: Tensor | None = None, blurred: bool = False,
+    weight_gain: float = 1,
+) -> Tensor:  # fmt: skip
     """Convolution that keeps the size, doubles it (up=2) or halves it (down=2); dtype and memory format of x.
 
-    x [N, Cin, H, W]; weight [Cout, Cin, k, k], k odd (1 or 3 when resampling), cast to the dtype of x; f the resampling
-    filter, 2-d or 1-d separable, a constant. blurred: x has been through the FIR already, of a 3×3 down=2 with
-    `blur_padding`, of a 1×1 down=2 by `downsample2d`. Differentiable any number of times in x and weight.
+    x [N, Cin, H, W]; weight [Cout, Cin, k, k], k odd (1 or 3 when resampling), times weight_gain (equalised learning
+    rate) and cast to the dtype of x; f the resampling filter, 2-d or 1-d separable, a constant. blurred: x has been
+    through the FIR already, of a 3×3 down=2 with `blur_padding`, of a 1×1 down=2 by `downsample2d`. Differentiable any
+    number of times in x and weight.
     """
     check_conv2d(x, weight, up, down, f)
     x = before(x, weight, down, f, blurred)
     geometry = geometry_of(weight, up, down)
-    x = convolution(x, weight, geometry)
+    x = convolution(x, weight, geometry, gain=weight_gain)
     return after(x, weight, up, f)
 
 
@@ -102,17 +106,20 @@ def after(x: Tensor, weight: Tensor, up: int, f: Tensor | None) -> Tensor:
     return upsample2d(x, f) if weight.shape[-1] == 1 else upfirdn2d(x, f, padding=transposed_padding(f), gain=4)
 
 
-def convolution(x: Tensor, weight: Tensor, geometry: Geometry, style: Tensor | None = None) -> Tensor:
-    """weight [Cout, Cin, k, k] ⋆ (x·style), style [N, Cin]: what is left of `conv2d` without the FIR."""
+def convolution(
+    x: Tensor, weight: Tensor, geometry: Geometry, style: Tensor | None = None, gain: float = 1
+) -> Tensor:
+    """gain·weight [Cout, Cin, k, k] ⋆ (x·style), style [N, Cin]: what is left of `conv2d` without the FIR."""
     tile = tile_of(x, len(weight), geometry, fused=style is not None)
     if tile is None and style is not None:
         # not inside the library's op: both of its gradients then come out of one pass over memory
         x, style = bias_act(x, demod=style, act="linear"), None
     if tile is None and geometry.k == 1 and x.is_contiguous(memory_format=torch.channels_last):
         # a matrix product, up to twice as fast; its gradients are too
+        weight = weight if gain == 1 else weight * gain
         return F.linear(x.permute(0, 2, 3, 1), weight.to(x.dtype).flatten(1)).permute(0, 3, 1, 2)
-    weight = weight.transpose(0, 1) if geometry.transposed else weight
-    return Convolution.apply(x, weight, style, cast(weight, x), geometry)
+    weight, w = pair_of(weight.transpose(0, 1) if geometry.transposed else weight, gain, x)
+    return Convolution.apply(x, weight, style, w, geometry)
 
 
 def transposed_padding(f: Tensor) -> tuple[int, int, int, int]:

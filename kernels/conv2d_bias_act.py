@@ -18,7 +18,7 @@ from hsrgan.kernels.conv2d import (
     geometry_of,
     transposed_padding,
 )
-from hsrgan.kernels.convolution import Convolution, Geometry, cast, tile_of
+from hsrgan.kernels.convolution import Convolution, Geometry, pair_of, tile_of
 from hsrgan.kernels.fir_chain import fir_bias_act
 
 
@@ -34,9 +34,10 @@ def conv2d_bias_act_torch(
     gain: float | None = None,
     clamp: float | None = None,
     residual: Tensor | None = None,
+    weight_gain: float = 1,
 ) -> Tensor:
     """The definition of `conv2d_bias_act`."""
-    x = conv2d_torch(x, weight, up=up, down=down, f=f)
+    x = conv2d_torch(x, weight, up=up, down=down, f=f, weight_gain=weight_gain)
     return bias_act_torch(x, bias, act=act, gain=gain, clamp=clamp, residual=residual)
 
 
@@ -53,8 +54,9 @@ def conv2d_bias_act(
     gain: float | None = None,
     clamp: float | None = None,
     residual: Tensor | None = None,
+    weight_gain: float = 1,
 ) -> Tensor:
-    """bias_act(conv2d(x, weight, up, down, f, blurred), bias, act, gain, clamp, residual); dtype and format of x.
+    """bias_act(conv2d(x, weight, …), bias, act, gain, clamp, residual); dtype and format of x.
 
     x [N, Cin, H, W]; weight [Cout, Cin, k, k]; bias [Cout]; residual of the output's shape; the others as for `conv2d`
     and `bias_act`. Differentiable in every tensor but f, twice in Triton, any number of times in PyTorch.
@@ -62,7 +64,7 @@ def conv2d_bias_act(
     check_conv2d(x, weight, up, down, f)
     x = before(x, weight, down, f, blurred)
     tail = Tail(bias, act=act, gain=gain, clamp=clamp, residual=residual)
-    return layer(x, weight, None, tail, up=up, down=down, f=f)
+    return layer(x, weight, None, tail, up=up, down=down, f=f, weight_gain=weight_gain)
 
 
 def finishes(x: Tensor, weight: Tensor) -> bool:
@@ -79,12 +81,13 @@ def layer(
     up: int = 1,
     down: int = 1,
     f: Tensor | None,
+    weight_gain: float = 1,
 ) -> Tensor:
     """One layer of either network behind the FIR of down = 2, if any: of x·style, with its tail."""
     geometry = geometry_of(weight, up, down)
     if up == 1 and tail.told_by_y and tile_of(x, len(weight), geometry, fused=True) is not None:
-        return _fused(x, weight, style, tail, geometry)
-    x = convolution(x, weight, geometry, style)
+        return _fused(x, weight, style, tail, geometry, weight_gain)
+    x = convolution(x, weight, geometry, style, weight_gain)
     if up == 2 and weight.shape[-1] == 3 and tail.residual is None:
         return fir_bias_act(
             x, f, tail.bias, padding=transposed_padding(f), gain=4, demod=tail.demod, noise=tail.noise,
@@ -93,11 +96,12 @@ def layer(
     return bias_act(after(x, weight, up, f), **tail._asdict())
 
 
-def _fused(x: Tensor, weight: Tensor, style: Tensor | None, tail: Tail, geometry: Geometry) -> Tensor:
+def _fused(x: Tensor, weight: Tensor, style: Tensor | None, tail: Tail, geometry: Geometry, gain: float) -> Tensor:
     """`layer` in one pass over memory, forward."""
     from hsrgan.kernels.bias_act_triton import Finished
     from hsrgan.kernels.pointwise_triton import chain_of
 
     tail.check(x.new_empty(()).expand(len(x), len(weight), *geometry.size(x)))
-    stand_in, y, z = Convolution.apply(x, weight, style, cast(weight, x), geometry, tail)
+    weight, w = pair_of(weight, gain, x)
+    stand_in, y, z = Convolution.apply(x, weight, style, w, geometry, tail)
     return Finished.apply(stand_in, y, *tail.operands, tail.residual, z, chain_of(tail, x.dtype))

@@ -63,6 +63,27 @@ def cast(weight: Tensor, x: Tensor) -> Tensor:
     return weight.detach().to(x.dtype, memory_format=layout(x))
 
 
+def pair_of(weight: Tensor, gain: float, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both halves for gain·weight: scaled and cast in one pass. Nobody reads the first half's values."""
+    if gain == 1:
+        return weight, cast(weight, x)
+    w = torch.empty(weight.shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
+    return _Gain.apply(weight, gain), torch.mul(weight.detach(), gain, out=w)
+
+
+class _Gain(Function):
+    """Stands for gain·weight in the graph: it has that gradient, and the weight's own values."""
+
+    @staticmethod
+    def forward(ctx, weight, gain):
+        ctx.gain = gain
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.gain, None
+
+
 def layout(x: Tensor) -> torch.memory_format:
     is_nhwc = x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if is_nhwc else torch.contiguous_format

@@ -111,9 +111,11 @@ class _FirBiasAct(Function):
         if want_demod:
             gdemod = total["product"]
             if bias is not None:
-                gdemod = gdemod - total["v"] * bias
-            if noise is not None:
-                gdemod = gdemod - total["noise"] * (1 if strength is None else strength)
+                gdemod = torch.addcmul(gdemod, total["v"], bias, value=-1)
+            if strength is not None:
+                gdemod = torch.addcmul(gdemod, total["noise"], strength, value=-1)
+            elif noise is not None:
+                gdemod = gdemod - total["noise"]
             gdemod = (gdemod / demod).to(demod.dtype)
         return gx if want_x else None, None, gbias, gdemod, None, gstrength, None
 

@@ -218,7 +218,8 @@ class Casts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        into = {torch.ops.aten._to_copy.default: self.cast, torch.ops.aten.amax.default: self.normalized}.get(func)
+        casts = (torch.ops.aten._to_copy.default, torch.ops.aten.mul.out)  # the second: scaled and cast at once
+        into = self.cast if func in casts else self.normalized if func == torch.ops.aten.amax.default else None
         if into is not None and args[0].shape[2:] in ((1, 1), (3, 3)):
             into[sizes(args[0])] += func == torch.ops.aten.amax.default or out.itemsize < args[0].itemsize
         return out

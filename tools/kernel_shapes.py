@@ -197,8 +197,25 @@ def convolution(n: int, c: int, r: int) -> Iterator[Call]:
         yield call("D skip", "conv2d", skip, {"down": 2}, pixels // 4, constants=constants)
 
 
+def styles(n: int, c: int, r: int) -> Iterator[Call]:
+    """All layers of a network of this resolution and these channels at the top."""
+    if r < 256:
+        return
+    sizes, which = [], []
+    for i, each in enumerate(resolutions(r)):
+        wide, own = (channels(size, c * r) for size in (each // 2, each))
+        sizes += [own] * 2 if i == 0 else [wide, own, own]
+        which += [0, 1] if i == 0 else [2 * i - 1, 2 * i, 2 * i + 1]
+    tensors = {"ws": (n, which[-1] + 1, 512), "weight": (sum(sizes), 512), "bias": (sum(sizes),)}
+    gains = [1.0] * len(sizes)
+    gains[1::3] = [c**-0.5 for c in sizes[1::3]]
+    options = {"sizes": sizes, "which": which, "gains": gains}
+    yield Call("G styles", "packed_styles", tensors, options, low=(), flops=2 * n * 512 * sum(sizes))
+
+
 OPS: list[Callable[[int, int, int], Iterator[Call]]] = [
     bias_act, upfirdn2d, fir_chain, to_rgb, bias_act_to_rgb, convolution, weight_gradient, feature_match,
+    styles,
 ]  # fmt: skip
 
 

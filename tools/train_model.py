@@ -140,6 +140,9 @@ def launch_products(one: Launch) -> float:
     if one.kernel.__name__ == "wgrad_kernel":
         x, g = one.arguments[:2]
         return 2.0 * one.constants["K"] ** 2 * x.shape[1] * g.numel()
+    if one.kernel.fn.__module__ == "hsrgan.kernels.styles_triton":
+        matrix = next(t for t in one.arguments if isinstance(t, Tensor) and t.ndim == 2)
+        return 2.0 * matrix.numel() * next(n for n in one.arguments if isinstance(n, int))  # samples
     places = {"pool_kernel": (0, 1), "dx_kernel": (4, 0), "dw_kernel": (0, 1)}  # of the map and of what has K
     function = one.kernel.fn
     if function.__module__ != "hsrgan.kernels.feature_pool_triton":

@@ -73,6 +73,7 @@ PROBES = (
     Probe("to_rgb.gradient", "toRGB", "backward", "gradient"),
     Probe("bias_act_to_rgb.forward", "G layer + toRGB", "forward", "forward"),
     Probe("bias_act_to_rgb.gradient", "G layer + toRGB", "backward", "gradient"),
+    Probe("styles", "G styles", "forward", "forward"),
     Probe("feature_match.tiles", "HSR, mse", "forward", "pool_kernel"),
     Probe("feature_match.pool", "HSR, mse", "forward", "pool_kernel"),
     Probe("feature_match.dx", "HSR, mse", "backward", "dx_kernel"),
