@@ -13,6 +13,8 @@
 # kernels  every op beside eager PyTorch and NVIDIA's at the layers of shapes.yaml, then beside torch.compile (minutes)
 # steps    whole training steps, as published, with tf32 and in half precision throughout
 #
+# STYLEGAN3: a checkout that becomes a rival, if it imports and its CUDA compiles; else that is a failure, said at once,
+# and ours is timed alone.
 # SECONDS_EACH: a stage gets SIGINT after so long, and keeps what it has. OUT: where rows go. A stage that fails does not
 # stop the others; the exit code is the number of those that did.
 set -uo pipefail
@@ -72,6 +74,14 @@ EOF
 ) || { echo "no GPU here: nothing was run" >&2; exit 1; }
 
 failed=0
+[ -z "${STYLEGAN3:-}" ] || "$python" - "$STYLEGAN3" <<'EOF' || { rival=() failed=1; }
+import sys
+from pathlib import Path
+from hsrgan.engine.errors import user_errors
+from hsrgan.tools import train_gpu, train_stylegan3
+with user_errors():
+    train_stylegan3.ready(Path(sys.argv[1]), "fp16", train_gpu.Gpu())
+EOF
 for stage in "${@:-builds tests train tune kernels steps}"; do
     for each in $stage; do
         echo "==> $each on $name"

@@ -102,6 +102,25 @@ def test_the_gate_is_of_the_dtype():
     assert "is off by" in truth.gate(rounded(1.01))
 
 
+def test_a_gradient_of_zeros_is_as_good_as_none():
+    """A convolution has no second derivative by x. NVIDIA's FIR before it makes zeros of that, and they are right."""
+    call = kernel_timing.Call("", "conv2d", {"x": (1, 4, 8, 8), "weight": (4, 4, 3, 3)})
+    truth = kernel_timing.Truth(kernel_timing.Case(call, torch.float32, "double"), "cpu")
+    assert truth.expected[0] is None
+    complaints = [
+        truth.gate(lambda x, weight, bent=bent: kernels.conv2d_torch(x, weight) + bent * x.square()) for bent in (0, 1)
+    ]
+    assert complaints[0] == "" and "result 0 is off by inf" in complaints[1]
+
+
+def test_a_single_number_that_the_definition_has_right_by_luck_allows_no_less_than_the_others():
+    layer = {"x": (1, 8, 8, 8), "demod": (1, 8), "noise": (1, 1, 8, 8), "strength": (1,)}
+    for options in ({"gain": 1.0}, {"gain": 1.1}, {"gain": 1.3}):
+        call = kernel_timing.Call("", "bias_act", layer, options)
+        allowed = kernel_timing.Truth(kernel_timing.Case(call, torch.float16, "backward"), "cpu").allowed
+        assert allowed[-1] == max(allowed) < 0.01
+
+
 def test_rows_and_files(tmp_path):
     cases = small_cases()
     rows = bench(cases, {"hsrgan": lambda call: getattr(kernels, call.op), "eager": eager, "absent": lambda call: None})
@@ -286,7 +305,7 @@ def test_a_checkout_that_is_none(tmp_path):
         kernel_timing.providers(tmp_path)
 
 
-def test_a_checkout_becomes_a_rival(tmp_path):
+def test_a_checkout_becomes_a_rival(tmp_path, monkeypatch):
     """Its ops are called with their own arguments, and PyTorch does around them what they leave out."""
     ops = tmp_path / "torch_utils" / "ops"
     ops.mkdir(parents=True)
@@ -298,16 +317,23 @@ def test_a_checkout_becomes_a_rival(tmp_path):
         "    return kernels.bias_act_torch(x, b, act=act, alpha=alpha, gain=gain, clamp=clamp)\n"
     )
     (ops / "upfirdn2d.py").write_text(
-        "from hsrgan.kernels import upfirdn2d_torch as upfirdn2d\n"
-        "from hsrgan.kernels import upsample2d_torch as upsample2d\n"
-        "from hsrgan.kernels import downsample2d_torch as downsample2d\n"
+        "from hsrgan import kernels\n"
+        "def filtered(op):\n"
+        "    def function(x, f, **options):\n"
+        "        assert f.ndim == 2  # filters of four taps are squares in their networks\n"
+        "        return op(x, f, **options)\n"
+        "    return function\n"
+        "upfirdn2d = filtered(kernels.upfirdn2d_torch)\n"
+        "upsample2d = filtered(kernels.upsample2d_torch)\n"
+        "downsample2d = filtered(kernels.downsample2d_torch)\n"
     )
+    (ops / "fma.py").write_text("import torch\n\ndef fma(a, b, c):\n    return torch.addcmul(c, a, b)\n")
     (ops / "conv2d_gradfix.py").write_text("enabled = False\n")
     (ops / "conv2d_resample.py").write_text(
         "from hsrgan.kernels import conv2d_torch\n"
         "from torch_utils.ops import conv2d_gradfix\n"
         "def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False):\n"
-        "    assert conv2d_gradfix.enabled\n"
+        "    assert conv2d_gradfix.enabled and (f is None or f.ndim == 2)\n"
         "    assert padding == w.shape[-1] // 2 and flip_weight == (up == 1) and w.dtype == x.dtype\n"
         "    return conv2d_torch(x, w, up=up, down=down, f=f)\n"
     )
@@ -318,15 +344,20 @@ def test_a_checkout_becomes_a_rival(tmp_path):
         "def modulated_conv2d(x, weight, styles, noise=None, up=1, down=1, padding=0, resample_filter=None,\n"
         "                     demodulate=True, flip_weight=True, fused_modconv=True):\n"
         "    assert padding == 1 and flip_weight == (up == 1) and not fused_modconv\n"
+        "    assert resample_filter is None or resample_filter.ndim == 2\n"
         "    return modulated_conv2d_torch(x, weight, styles, up=up, f=resample_filter, demodulate=demodulate,\n"
         "                                  noise=noise, act='linear')\n"
     )
-    before = list(sys.path)
+    before, built = list(sys.path), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernel_timing, "build", lambda *of: built.append(of))
     nvidia = kernel_timing.providers(tmp_path)["nvidia"]
-    assert sys.path == before
+    assert sys.path == before and built == [(tmp_path, "cuda")]  # before anything is timed
     assert nvidia(next(kernel_shapes.feature_match(1, 4, 8))) is None
     convolutions = kernel_timing.cases(list(kernel_shapes.convolution(1, 4, 8)), [torch.float32], ["forward"])
     rows = bench(small_cases() + convolutions, {"nvidia": nvidia})
     there = {"bias_act", "upfirdn2d", "upsample2d", "downsample2d", *kernel_timing.CONVOLUTIONS} - {"weight_gradient"}
     assert {row["op"] for row in rows} == there
     assert "torch_utils" not in sys.modules
+    half = kernel_timing.cases([case.call for case in convolutions], [torch.bfloat16], ["forward"])
+    assert bench(half, {"nvidia": nvidia}) == []  # its CUDA has no bf16

@@ -184,6 +184,14 @@ def test_ctrl_c_keeps_the_rows_there_are(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
 
 
+def test_a_rival_that_is_not_ready_is_told_before_anything_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy")
+    monkeypatch.setattr(train_gpu, "bench", lambda *_: pytest.fail("timed"))
+    run = CliRunner().invoke(bench_train.app, ["--model", "tiny", "--stylegan3", str(tmp_path)])
+    assert run.exit_code == 2 and "name a checkout of stylegan3" in run.output
+
+
 def test_a_rival_that_is_wrong_leaves_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy")
@@ -196,6 +204,7 @@ def test_a_rival_that_is_wrong_leaves_ours(tmp_path, monkeypatch):
         yield
 
     monkeypatch.setattr(train_gpu, "bench", lambda *_: iter([row]))
+    monkeypatch.setattr(train_stylegan3, "ready", lambda *_: None)
     monkeypatch.setattr(train_stylegan3, "bench", rival)
     options = ["--model", "tiny", "--out", str(tmp_path / "rows"), "--stylegan3", "x"]
     run = CliRunner().invoke(bench_train.app, options)
@@ -279,7 +288,12 @@ def test_a_wrong_gradient_is_named_and_not_timed(_once):
 
 
 CHECKOUT = """
-from hsrgan.engine.model import Discriminator as Ours, Generator
+from hsrgan.engine.model import Discriminator as Ours, Generator as OurGenerator
+
+class Generator(OurGenerator):
+    def __init__(self, *shape, fused_modconv_default=True, **widths):
+        super().__init__(*shape, **widths)
+        assert fused_modconv_default == "inference_only"  # as their train.py has it
 
 class Discriminator(Ours):
     def __init__(self, c_dim, img_resolution, img_channels, *, epilogue_kwargs, **widths):
@@ -290,14 +304,41 @@ class Discriminator(Ours):
 """
 
 
-def test_a_checkout_of_stylegan3_becomes_a_rival(tmp_path, _once):
+def test_a_checkout_of_stylegan3_becomes_a_rival(tmp_path, monkeypatch, _once):
     (tmp_path / "training").mkdir()
     module = tmp_path / "training" / "networks_stylegan2.py"
     module.write_text(CHECKOUT.replace("SCALE", "1"))
-    (row,) = train_stylegan3.bench(tmp_path, [variant(precision="fp32")], 1, Fake())
-    assert row["provider"] == "stylegan3" and row["step_p50"] == 0.5 and not row["kernels"]
+    train_stylegan3.ready(tmp_path, "fp32", Fake())
+    built, gpu, said = [], Fake(), []
+    gpu.device = torch.device("cuda")
+    monkeypatch.setattr(train_stylegan3, "build", lambda *of: built.append(of))
+    train_stylegan3.ready(tmp_path, "fp16", gpu)
+    assert built == [(tmp_path, gpu.device)]
+    (row,) = train_stylegan3.bench(tmp_path, [variant(precision="fp32")], 1, Fake(), said.append)
+    assert row["provider"] == "stylegan3" and row["step_p50"] == 0.5 and not row["kernels"] and not said
     module.write_text(CHECKOUT.replace("SCALE", "1.5"))
-    with pytest.raises(UserError, match=r"logits differ from ours by 5\.0e-01"):
-        list(train_stylegan3.bench(tmp_path, [variant(precision="fp32")], 1, Fake()))
+    assert list(train_stylegan3.bench(tmp_path, [variant(precision="fp32")], 1, Fake(), said.append)) == []
+    assert "not timed: tiny: stylegan3's logits differ from ours by 5.0e-01" in said.pop()
     with pytest.raises(UserError, match="name a checkout of stylegan3"):
-        list(train_stylegan3.bench(tmp_path / "training", [variant()], 1, Fake()))
+        train_stylegan3.ready(tmp_path / "training", "fp16", Fake())
+    with pytest.raises(UserError, match="no bf16"):
+        train_stylegan3.ready(tmp_path, "bf16", Fake())
+
+
+def test_a_rival_that_fails_at_one_model_is_timed_at_the_other(tmp_path, monkeypatch):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "networks_stylegan2.py").write_text("")
+
+    def measure(networks, of, turns, probes):
+        if of.model == "huge":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nA page of figures")
+        return of.model
+
+    both, gpu, built, said = [variant(model="huge"), variant()], Fake(), [], []
+    gpu.device = torch.device("cuda")
+    monkeypatch.setattr(train_stylegan3, "build", lambda *of: built.append(of))
+    monkeypatch.setattr(train_stylegan3, "check", lambda *_: None)
+    monkeypatch.setattr(train_stylegan3, "measure", measure)
+    assert list(train_stylegan3.bench(tmp_path, both, 1, gpu, said.append)) == ["tiny"]
+    assert said == ["not timed: huge: stylegan3 raises OutOfMemoryError: CUDA out of memory."]
+    assert built == [(tmp_path, gpu.device)]

@@ -123,10 +123,12 @@ def main(
     facts = {"device": device, "versions": versions(), "date": now()}
     wrong: list[str] = []
     probes = train_gpu.Gpu()
+    if stylegan3 is not None:
+        train_stylegan3.ready(stylegan3, precision, probes)
     found = train_gpu.bench(wanted, turns, probes, wrong.append) if there else train_model.model(wanted, GPUS[gpu])
     what = "timing" if there else "counting"
     if stylegan3 is not None:
-        found = itertools.chain(found, train_stylegan3.bench(stylegan3, wanted, turns, probes))
+        found = itertools.chain(found, train_stylegan3.bench(stylegan3, wanted, turns, probes, wrong.append))
     rows, stopped = [], False
     try:
         for each in track(found, what, total=len(wanted), console=Console(stderr=True), transient=True):

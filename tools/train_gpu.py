@@ -140,7 +140,7 @@ def check(variant: Variant, known: dict[Variant, dict[str, Any]], probes: Probes
     if plain not in known:
         truth = results(replace(plain, precision="fp32", tf32=False), probes)
         known[plain] = errors(results(plain, probes), truth) | {"truth": truth}
-    _free()
+    free()
     for name, error in errors(results(small, probes), known[plain]["truth"]).items():
         allowed = 2 * known[plain][name] + FREE
         if not error <= allowed:
@@ -193,7 +193,7 @@ def timing(step: Callable[[int], None], phases: dict[str, tuple[Callable[[], Non
     }  # fmt: skip
 
 
-def _free() -> None:
+def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -207,4 +207,4 @@ def bench(variants: list[Variant], turns: int, probes: Probes, say: Callable[[st
             say(f"not timed: {complaint}")
         else:
             yield measure(variant, turns, probes)
-        _free()
+        free()

@@ -1,14 +1,15 @@
 """The rival on a GPU: NVIDIA's networks out of a checkout of stylegan3, trained by the same four phases.
 
 Only its interfaces are used: training.networks_stylegan2.Generator and Discriminator, whose state dicts have the keys
-of ours. The phases are those of train_cpu.PlainContender, the step as it is usually written: eager, mapping and D
-called for each batch, PyTorch's Adam. Its networks must give our images and logits before they are timed.
+of ours, with the options of its own train.py --cfg=stylegan2. The phases are those of train_cpu.PlainContender, the
+step as it is usually written: eager, mapping and D called for each batch, PyTorch's Adam. Its networks must give our
+images and logits before they are timed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from hsrgan.engine.ema import update_ema
 from hsrgan.engine.errors import UserError
 from hsrgan.kernels import use_backend
-from hsrgan.tools.stylegan3_checkout import checkout
+from hsrgan.tools.stylegan3_checkout import build, checkout, gist
 from hsrgan.tools.train_cpu import SHARES, PlainContender
-from hsrgan.tools.train_gpu import CHECKED, FREE, Probes, errors, timing, training
+from hsrgan.tools.train_gpu import CHECKED, FREE, Probes, errors, free, timing, training
 from hsrgan.tools.train_variants import Variant, recipe, row
+
+NETWORKS = "training.networks_stylegan2"
 
 
 class Labelled(nn.Module):
@@ -43,7 +46,9 @@ def contender(networks: ModuleType, variant: Variant, device: torch.device) -> P
                "conv_clamp": settings.generator.conv_clamp}  # fmt: skip
     resolution = settings.data.resolution
     group = settings.discriminator.mbstd_group_size
-    g = networks.Generator(512, 0, 512, resolution, 3, **of_both).to(device)
+    # in training they scale activations; the class's own default, a grouped convolution of scaled weights, is slower
+    of_g = {**of_both, "fused_modconv_default": "inference_only"}
+    g = networks.Generator(512, 0, 512, resolution, 3, **of_g).to(device)
     d = networks.Discriminator(0, resolution, 3, **of_both, epilogue_kwargs={"mbstd_group_size": group}).to(device)
     return PlainContender(g, Labelled(d), variant.batch, resolution, device)
 
@@ -68,27 +73,49 @@ def check(networks: ModuleType, variant: Variant, probes: Probes) -> None:
     own = errors(found[1], found[0])
     for name, error in got.items():
         if not error <= 2 * own[name] + 100 * FREE:  # another algorithm for every layer
-            raise UserError(f"stylegan3's {name} differ from ours by {error:.1e} on the same weights: nothing timed")
+            raise UserError(f"stylegan3's {name} differ from ours by {error:.1e} on the same weights")
 
 
-def bench(path: Path, variants: list[Variant], turns: int, probes: Probes) -> Iterator[dict]:
-    """A row for each model: theirs has no HSR, no switches."""
+def ready(path: Path, precision: str, probes: Probes) -> None:
+    """UserError, before anything is timed, where the rival could not be."""
+    if precision == "bf16":
+        raise UserError("--stylegan3 has no bf16: give --precision fp16 or fp32, or leave it out")
+    with checkout(path, NETWORKS):
+        if probes.device.type == "cuda":
+            build(path, probes.device)
+
+
+def bench(
+    path: Path, variants: list[Variant], turns: int, probes: Probes, say: Callable[[str], None]
+) -> Iterator[dict]:
+    """A row for each model: theirs has no HSR, no switches. say takes a line for each that is wrong or fails."""
     # cuDNN as their own training has it
     tf32 = torch.backends.cudnn.allow_tf32  # what the last of ours was timed with
     cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32)
-    with checkout(path, "training.networks_stylegan2") as (networks,), cudnn:
+    with checkout(path, NETWORKS) as (networks,), cudnn:
+        if probes.device.type == "cuda":
+            build(path, probes.device)
         for variant in {v.model: replace(v, hsr=False, backend="torch", graphs=False) for v in variants}.values():
-            check(networks, variant, probes)
-            theirs = contender(networks, variant, probes.device)
-            average = copy.deepcopy(theirs.generator).requires_grad_(False)
-            intervals = {name: round(1 / share) for name, share in SHARES.items()}
+            try:
+                check(networks, variant, probes)
+                yield measure(networks, variant, turns, probes)
+            except UserError as error:
+                say(f"not timed: {variant.model}: {error}")
+            except Exception as error:  # whatever fails in there, or does not fit, costs no row of ours
+                say(f"not timed: {variant.model}: stylegan3 raises {type(error).__name__}: {gist(error)}")
+            free()
 
-            def step(images: int, theirs=theirs, average=average, every=intervals, batch=variant.batch) -> None:
-                for name, interval in every.items():
-                    if images // batch % interval == 0:
-                        theirs.run(name)
-                update_ema(average, theirs.generator, 0.999)
 
-            phases = {name: (lambda name=name, theirs=theirs: theirs.run(name), interval)
-                      for name, interval in intervals.items()}  # fmt: skip
-            yield row(variant, "stylegan3", **timing(step, phases, variant.batch, turns, probes))
+def measure(networks: ModuleType, variant: Variant, turns: int, probes: Probes) -> dict:
+    theirs = contender(networks, variant, probes.device)
+    average = copy.deepcopy(theirs.generator).requires_grad_(False)
+    intervals = {name: round(1 / share) for name, share in SHARES.items()}
+
+    def step(images: int) -> None:
+        for name, interval in intervals.items():
+            if images // variant.batch % interval == 0:
+                theirs.run(name)
+        update_ema(average, theirs.generator, 0.999)
+
+    phases = {name: (lambda name=name: theirs.run(name), interval) for name, interval in intervals.items()}
+    return row(variant, "stylegan3", **timing(step, phases, variant.batch, turns, probes))
