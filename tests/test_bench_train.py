@@ -184,7 +184,10 @@ def test_ctrl_c_keeps_the_rows_there_are(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 2
 
 
-def test_a_rival_that_is_wrong_leaves_ours(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [UserError("stylegan3's images differ from ours"), RuntimeError("stylegan3's plugin does not build")]
+)
+def test_a_rival_that_is_wrong_leaves_ours(tmp_path, monkeypatch, error):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy")
     row = train_variants.row(variant(), img_s=1.0, step_p20=1.0, step_p50=1.0, step_p80=1.0, peak_bytes=1,
@@ -192,14 +195,14 @@ def test_a_rival_that_is_wrong_leaves_ours(tmp_path, monkeypatch):
                              **dict.fromkeys(bench_train.PHASES, 0.1))  # fmt: skip
 
     def rival(*_):
-        raise UserError("stylegan3's images differ from ours")
+        raise error
         yield
 
     monkeypatch.setattr(train_gpu, "bench", lambda *_: iter([row]))
     monkeypatch.setattr(train_stylegan3, "bench", rival)
     options = ["--model", "tiny", "--out", str(tmp_path / "rows"), "--stylegan3", "x"]
     run = CliRunner().invoke(bench_train.app, options)
-    assert run.exit_code == 1 and "stylegan3's images differ from ours" in run.output
+    assert run.exit_code == 1 and str(error) in run.output
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 1
 
 
@@ -276,6 +279,25 @@ def test_a_wrong_gradient_is_named_and_not_timed(_once):
     assert [row["graphs"] for row in rows] == [False]
     (line,) = said
     assert line.startswith("not timed: tiny bf16") and "graphs: Dreg is off by" in line
+
+
+def test_a_variant_that_fails_is_named_and_the_others_are_timed(_once, monkeypatch):
+    """One whose recording is refused, and one that wants too much memory."""
+
+    def check(variant, known, probes):
+        if variant.graphs:
+            raise UserError("cuda_graphs: off, Gmain cannot be recorded: nothing timed")
+        if variant.hsr:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 80 GiB")
+        return ""
+
+    monkeypatch.setattr(train_gpu, "check", check)
+    said = []
+    rows = list(train_gpu.bench([variant(graphs=True), variant(hsr=True), variant()], 1, Fake(), said.append))
+    assert [(row["graphs"], row["hsr"]) for row in rows] == [(False, False)]
+    refused, starved = said
+    assert "with graphs: UserError: cuda_graphs: off" in refused
+    assert starved.endswith("with HSR: OutOfMemoryError: CUDA out of memory. Tried to allocate 80 GiB")
 
 
 CHECKOUT = """

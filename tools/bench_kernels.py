@@ -33,6 +33,7 @@ from rich.table import Table
 from hsrgan import kernels
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.tensor_files import one_line
 from hsrgan.kernels import builds, launch
 from hsrgan.kernels.builds import GPUS, Gpu
 from hsrgan.kernels.conv_table import IMPLEMENTATIONS
@@ -108,9 +109,12 @@ def bench(
     stopwatch: Callable[[Callable[[], Any]], dict[str, Any]],
     roofs: dict[str, float],
     wrong: Container[Result] = (),
+    say: Callable[[str], None] = print,
     peak: Callable[[Callable[[], Any]], int] = kernel_timing.peak_memory,
 ) -> Iterator[dict]:
-    """A row a case and provider, without those that `check_all` found wrong; roofs: of `kernel_timing.roofs`."""
+    """A row a case and provider, without those that `check_all` found wrong; roofs: of `kernel_timing.roofs`. say takes
+    a line for one that fails while it is timed.
+    """
     for case in track(cases, "timing", console=Console(stderr=True), transient=True):
         for name, provider in providers.items():
             left_out = (case.call.op, case.name, name) in wrong or not kernel_timing.possible(name, case)
@@ -119,9 +123,13 @@ def bench(
                 continue
             moved = kernel_timing.bytes_of(case)
             floor = max(moved / roofs["copy"], case.flops / roofs[str(case.dtype).removeprefix("torch.")])
-            with kernel_timing.implementation(name):
-                run = kernel_timing.prepare(case, op, case.call.make(case.dtype, device))
-                used, times = peak(run), stopwatch(run)
+            try:
+                with kernel_timing.implementation(name):
+                    run = kernel_timing.prepare(case, op, case.call.make(case.dtype, device))
+                    used, times = peak(run), stopwatch(run)
+            except RuntimeError as error:  # what a GPU refuses, want of memory included
+                say(f"not timed: {name} {case.call.op}, {case.name}: {one_line(error)}")
+                continue
             yield (row(case, name, moved, floor, torch.cuda.get_device_name() if device == "cuda" else device)
                    | times | {"gb_s": moved / times["p50"] / 1e9, "tflop_s": case.flops / times["p50"] / 1e12,
                               "roof_share": floor / times["p50"], "peak_memory": used})  # fmt: skip
@@ -316,9 +324,9 @@ def main(
     for (op, case, name), complaint in wrong.items():
         console.print(f"not timed: {name} {op}, {case}: {complaint}", style="bold", soft_wrap=True)
     roofs = kernel_timing.roofs(stopwatch, types)
-    stopped = False
+    stopped, failed = False, []
     try:
-        for each in bench(cases, who, "cuda", stopwatch, roofs, wrong):
+        for each in bench(cases, who, "cuda", stopwatch, roofs, wrong, failed.append):
             rows.append(each)
     except KeyboardInterrupt:
         stopped = True
@@ -326,9 +334,11 @@ def main(
         device = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
         write(rows, out or OUT / f"kernels_{device}", roofs)
         print_timed(rows, roofs, console)
+    for line in failed:
+        console.print(line, style="bold", soft_wrap=True)
     if stopped:
         console.print(f"stopped: {len(rows)} rows timed, of {len(cases)} cases")
-    if stopped or wrong:
+    if stopped or wrong or failed:
         raise typer.Exit(130 if stopped else 1)
 
 

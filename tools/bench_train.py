@@ -29,6 +29,7 @@ from rich.table import Table
 
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.tensor_files import one_line
 from hsrgan.kernels.builds import GPUS
 from hsrgan.tools import train_cpu, train_gpu, train_model, train_stylegan3
 from hsrgan.tools.bench_kernels import OUT, chosen, now, versions
@@ -133,10 +134,10 @@ def main(
             rows.append(each | facts)
     except KeyboardInterrupt:
         stopped = True
-    except UserError as error:  # of the rival, which comes last: ours is kept
-        if not rows:
+    except (UserError, RuntimeError) as error:  # of the rival, which comes last: ours is kept
+        if not rows and not wrong:
             raise
-        wrong.append(str(error))
+        wrong.append(str(error) if isinstance(error, UserError) else f"not timed: stylegan3: {one_line(error)}")
     if rows and (there or out is not None):
         write(rows, out or OUT / f"train_{device.lower().replace(' ', '_').replace('/', '_')}")
     title = f"{device}, {wanted[0].numbers}, batch {batch}"

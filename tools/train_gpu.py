@@ -25,6 +25,7 @@ from hsrgan.engine.errors import UserError
 from hsrgan.engine.graphs import Cuda, Graphs, direct
 from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
 from hsrgan.engine.run_state import Training
+from hsrgan.engine.tensor_files import one_line
 from hsrgan.kernels import launch, use_backend
 from hsrgan.tools.plain_training import plain_training, random_teacher, run_step
 from hsrgan.tools.train_variants import HSR_LAYERS, Variant, recipe, row
@@ -200,11 +201,17 @@ def _free() -> None:
 
 
 def bench(variants: list[Variant], turns: int, probes: Probes, say: Callable[[str], None]) -> Iterator[dict]:
-    """A row for each variant that is right; say takes a line for each that is not."""
+    """A row for each variant that is right; say takes a line for each that is not, or that fails."""
     known: dict[Variant, dict[str, Any]] = {}
     for variant in variants:
-        if complaint := check(variant, known, probes):
+        found = None
+        try:
+            complaint = check(variant, known, probes)
+            found = None if complaint else measure(variant, turns, probes)
+        except (RuntimeError, UserError) as error:  # what a GPU refuses, want of memory included; a refused recording
+            complaint = f"{variant.name}: {one_line(error)}"
+        if found is None:
             say(f"not timed: {complaint}")
         else:
-            yield measure(variant, turns, probes)
+            yield found
         _free()
