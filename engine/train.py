@@ -45,6 +45,7 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
         recipe = load_recipe(recipe_path, overrides, world_size=world.size)
         world = distributed.world_from_environment(recipe.device)
         launch.allow_tf32(recipe.tf32)
+        launch.sum_in_fp32()
         if not recipe.dry_run:
             check_paths(recipe)
             manifest = assembly.dataset(recipe.data)

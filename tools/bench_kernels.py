@@ -305,6 +305,7 @@ def main(
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
     launch.allow_tf32(tf32)
+    launch.sum_in_fp32()
     console = Console()
     console.width = max(console.width, 160)  # a pipe has 80 columns, too few for the table
     if not torch.cuda.is_available():

@@ -89,6 +89,7 @@ def _refuse(line: str) -> None:
 def training(variant: Variant, probes: Probes) -> Training:
     """Biases and noise strengths are moved off zero, so that a wrong one shows. Sets tf32 as the variant has it."""
     launch.allow_tf32(variant.tf32)
+    launch.sum_in_fp32()
     with torch.device(probes.device):
         torch.manual_seed(1)
         teachers = {"hsr": random_teacher(HSR_LAYERS)} if variant.hsr else {}
