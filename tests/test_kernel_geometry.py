@@ -142,3 +142,20 @@ def test_penalties_compute_no_weight_gradient_that_is_thrown_away(wrt, monkeypat
     calls.clear()
     network(x, weights, style).sum().backward()
     assert len(calls) == 4  # one a convolution: an ordinary backward pass wants them all
+
+
+def test_an_image_that_needs_no_gradient_costs_none(monkeypatch):
+    """D's first layer in its main phase, of reals and of fakes: the gradient of the weight alone."""
+    calls = []
+    forward = convolution_module.Convolution.forward
+
+    def counted(ctx, *args):
+        calls.append(1)
+        return forward(ctx, *args)
+
+    monkeypatch.setattr(convolution_module.Convolution, "forward", staticmethod(counted))
+    x, weight = normal(2, 3, 4, 4), normal(3, 3, 3, 3).requires_grad_()
+    kernels.conv2d(x, weight).sum().backward()
+    assert len(calls) == 1 and weight.grad.abs().sum() > 0
+    kernels.conv2d(x.requires_grad_(), weight).sum().backward()
+    assert len(calls) == 3
