@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.kernels import builds, conv_table, launch
 from hsrgan.kernels.builds import Build
 from hsrgan.tools import kernel_shapes
@@ -208,3 +209,8 @@ def test_calls_are_the_layers_of_the_models():
     assert found["ffhq256 4 D conv0"].sizes["x"] == (8, 512, 4, 4)
     assert found["ffhq256 64 HSR, mse"].sizes["x"] == (8, 256, 64, 64)
     assert len(found) == len(kernel_shapes.calls())
+    for size, base in kernel_shapes.MODELS.values():
+        with torch.device("meta"):
+            nets = [net(img_resolution=size, channel_base=base) for net in (Generator, Discriminator)]
+        weights = {tuple(p.shape) for net in nets for p in net.parameters() if p.ndim == 4}
+        assert not weights - {call.sizes.get("weight") for call in found.values()}

@@ -172,7 +172,7 @@ def test_a_clamp_is_rounded_on_the_host_whatever_the_default_device():
 
 
 def test_the_library_is_given_both_in_one_memory_format():
-    """Weights of another one it would reorder in every call, forward and backward."""
+    """Weights or a gradient of another one it would reorder in every call."""
     seen = []
 
     class Watching(TorchDispatchMode):
@@ -181,9 +181,10 @@ def test_the_library_is_given_both_in_one_memory_format():
                 seen.append([t.is_contiguous(memory_format=torch.channels_last) for t in args[:2]])
             return func(*args, **(kwargs or {}))
 
-    for memory_format in (torch.channels_last, torch.contiguous_format):
-        x = torch.randn(2, 3, 5, 5).to(memory_format=memory_format).requires_grad_()
+    formats = torch.channels_last, torch.contiguous_format
+    for own, other in (formats, formats[::-1]):
+        x = torch.randn(2, 3, 5, 5).to(memory_format=own).requires_grad_()
         with Watching():
             y = kernels.conv2d(x, torch.randn(4, 3, 3, 3))
-            torch.autograd.grad(y, x, torch.ones_like(y))
+            torch.autograd.grad(y, x, torch.ones(y.shape).to(memory_format=other))
     assert seen == [[True, True]] * 2 + [[False, False]] * 2
