@@ -316,8 +316,9 @@ def test_a_checkout_of_stylegan3_becomes_a_rival(tmp_path, _once):
     (tmp_path / "training").mkdir()
     module = tmp_path / "training" / "networks_stylegan2.py"
     module.write_text(CHECKOUT.replace("SCALE", "1"))
-    (row,) = train_stylegan3.bench(tmp_path, [variant(precision="fp32")], 1, Fake())
+    (row,) = train_stylegan3.bench(tmp_path, [variant(precision="bf16")], 1, Fake())
     assert row["provider"] == "stylegan3" and row["step_p50"] == 0.5 and not row["kernels"]
+    assert row["precision"] == "fp32"  # theirs have no bf16
     module.write_text(CHECKOUT.replace("SCALE", "1.5"))
     with pytest.raises(UserError, match=r"logits differ from ours by 5\.0e-01"):
         list(train_stylegan3.bench(tmp_path, [variant(precision="fp32")], 1, Fake()))
