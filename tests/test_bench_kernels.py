@@ -290,9 +290,13 @@ def test_a_bad_shapes_file_is_one_line(tmp_path, text, message):
         ("--mode", ",", "--mode: give some of forward"),
         ("--gpu", "GTX", "--gpu GTX: there are A100"),
         ("--model", "sg3", "--model sg3: there are ffhq256"),
+        ("--stylegan3", "there", "no GPU here: leave them out"),
+        ("--provider", "eager", "no GPU here: leave them out"),
     ],
 )
-def test_bad_options_are_one_line(option, value, message):
+def test_bad_options_are_one_line(option, value, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     result = CliRunner().invoke(bench_kernels.app, [option, value])
     assert result.exit_code == 2
     assert message in result.stderr and result.stderr.count("\n") == 1

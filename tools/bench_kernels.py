@@ -311,6 +311,8 @@ def main(
     if not torch.cuda.is_available():
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
+        if stylegan3 is not None or providers:
+            raise UserError("--stylegan3 and --provider are of what is timed, and there is no GPU here: leave them out")
         rows = model(cases, GPUS[gpu], jobs)
         if out is not None:
             rates = {name: GPUS[gpu].rate(launch.kind_of(dtype)) for name, dtype in DTYPES.items()}
