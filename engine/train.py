@@ -10,6 +10,7 @@ import contextlib
 import copy
 import gc
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -104,7 +105,7 @@ def _loop(
     score = Scoring(out, images) if recipe.metrics else None
     log = RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank)
     with contextlib.closing(stream), log:  # or the loader's workers would outlive a request to leave
-        t.call = graphs.caller(recipe.cuda_graphs, world, recipe.zero_stage, log.message)
+        t.call = graphs.caller(recipe.cuda_graphs, world, recipe.zero_stage, partial(log.note, "cuda_graphs"))
         writing = Writing(recipe.faults, log.message)
         if resumed:
             for line in resumed.passed_over:
