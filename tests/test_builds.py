@@ -66,6 +66,9 @@ def test_every_tile_of_the_convolutions_table(tmp_path):
     expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
     for row in rows:
         assert row["matrix"] == expected[row["target"]] or row["kind"] == "ieee" or "bias_act" in row["kernel"], row
+    # x by 8 bytes into shared memory and the L1 cache, where the other eight taps find it
+    copies = [row["copies"].get("LDGSTS.E.64", 0) for row in rows if "copies" in row]
+    assert len(copies) == len(conv_table.TILES["half", "sm_90"]) and min(copies) > 0
     assert {(row["kind"], tuple(row["tile"])) for row in rows} == {
         (kind, tile) for (kind, _), tiles in conv_table.TILES.items() for tile in tiles if kind != "fp64"
     } | {("layer", ())}
