@@ -10,6 +10,7 @@ import contextlib
 import copy
 import gc
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,7 @@ def train(recipe_path: Path, overrides: list[str]) -> None:
         recipe = load_recipe(recipe_path, overrides, world_size=world.size)
         world = distributed.world_from_environment(recipe.device)
         launch.allow_tf32(recipe.tf32)
+        launch.sum_in_fp32()
         if not recipe.dry_run:
             check_paths(recipe)
             manifest = assembly.dataset(recipe.data)
@@ -103,7 +105,7 @@ def _loop(
     score = Scoring(out, images) if recipe.metrics else None
     log = RunLog(recipe.run_dir, total_kimg=recipe.kimg, start_kimg=images / 1000, rank=world.rank)
     with contextlib.closing(stream), log:  # or the loader's workers would outlive a request to leave
-        t.call = graphs.caller(recipe.cuda_graphs, world, recipe.zero_stage, log.message)
+        t.call = graphs.caller(recipe.cuda_graphs, world, recipe.zero_stage, partial(log.note, "cuda_graphs"))
         writing = Writing(recipe.faults, log.message)
         if resumed:
             for line in resumed.passed_over:

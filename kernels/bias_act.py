@@ -226,7 +226,7 @@ def bias_act(
         return bias_act_torch(x, **tail._asdict())
     if clamp is not None:
         # to a value that the dtype holds: in bfloat16 0.7 becomes 0.6992, which a comparison with 0.7 calls unclamped
-        clamp = torch.tensor(clamp, dtype=x.dtype).item()
+        clamp = torch.tensor(clamp, dtype=x.dtype, device="cpu").item()
     y = _PiecewiseLinear.apply(x, bias, demod, noise, strength, tail.slope, tail.factor, clamp)
     y = y if next_style is None else y * pairs(next_style, y)
     return y if residual is None else y + residual

@@ -73,6 +73,14 @@ def allow_tf32(allowed: bool = True) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def sum_in_fp32() -> None:
+    """PyTorch's products of halves add up in fp32 from here on, as the kernels do: left alone, cuBLAS may round the
+    partial sums that it splits a long sum into.
+    """
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def tf32_allowed() -> bool:
     """What the last `allow_tf32` said."""
     return _tf32

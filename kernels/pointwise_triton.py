@@ -32,7 +32,7 @@ def chain_of(tail: Tail, dtype: torch.dtype) -> dict[str, object]:
 @functools.cache
 def _constants(act: str, slope: float, gain: float, clamp: float | None, dtype: torch.dtype) -> dict[str, object]:
     if clamp is not None:
-        clamp = torch.tensor(clamp, dtype=dtype).item()
+        clamp = torch.tensor(clamp, dtype=dtype, device="cpu").item()
     act, slope = (act, 0.0) if act in SMOOTH else ("lrelu", float(slope))
     return {"ACT": act, "SLOPE": slope, "GAIN": float(gain), "CLAMP": clamp}
 

@@ -65,9 +65,13 @@ if __name__ == "__main__":
     for (kind, architecture), tiles in TILES.items():
         for chip in [architecture] if architecture else builds.TARGETS if kind in DTYPES else []:
             for i, tile in enumerate(tiles):
-                for one in record(kind, tile, chip, kind == "half" and i == 0 and chip in ("sm_90", "gfx942")):
+                launches = record(kind, tile, chip, kind == "half" and i == 0 and chip in ("sm_90", "gfx942"))
+                for one in launches:
                     built = builds.build(one, chip)
-                    rows.append({"kind": kind, "tile": tile, **asdict(built), "problems": built.problems()})
+                    row = {"kind": kind, "tile": tile, **asdict(built), "problems": built.problems()}
+                    if kind == "half" and chip == "sm_90" and one is launches[0]:
+                        row["copies"] = builds.instructions(one, chip)
+                    rows.append(row)
                     shared = f"{built.registers} registers, {built.shared:,} bytes shared"
                     print(f"{chip} {kind} {tuple(tile)}: {shared}, {built.matrix or 'no matrix unit'}")
     if "--json" in sys.argv:

@@ -87,6 +87,23 @@ def test_a_provider_that_raises_is_wrong_too():
     assert set(wrong.values()) == {"raises RuntimeError: no kernel image"}
 
 
+def test_a_provider_that_fails_while_it_is_timed_leaves_the_others():
+    said, cases = [], small_cases(["forward"])
+
+    def starving(run):
+        if "D conv0" in cases[len(said) + starving.timed].name:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 80 GiB")
+        starving.timed += 1
+        return fake_watch(run)
+
+    starving.timed = 0
+    rows = list(bench_kernels.bench(cases, {"eager": eager}, "cpu", starving, ROOFS, (), said.append, lambda run: 7))
+    assert len(rows) == len(cases) - 1 and said == [
+        "not timed: eager bias_act, D conv0, float32, forward: "
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 80 GiB"
+    ]
+
+
 def test_the_gate_is_of_the_dtype():
     """Half precision may be off by as much as the definition in half precision, and no more."""
     (case,) = small_cases(["forward"], [torch.float16])[:1]
@@ -292,9 +309,13 @@ def test_a_bad_shapes_file_is_one_line(tmp_path, text, message):
         ("--mode", ",", "--mode: give some of forward"),
         ("--gpu", "GTX", "--gpu GTX: there are A100"),
         ("--model", "sg3", "--model sg3: there are ffhq256"),
+        ("--stylegan3", "there", "no GPU here: leave them out"),
+        ("--provider", "eager", "no GPU here: leave them out"),
     ],
 )
-def test_bad_options_are_one_line(option, value, message):
+def test_bad_options_are_one_line(option, value, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     result = CliRunner().invoke(bench_kernels.app, [option, value])
     assert result.exit_code == 2
     assert message in result.stderr and result.stderr.count("\n") == 1

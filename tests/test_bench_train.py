@@ -287,6 +287,25 @@ def test_a_wrong_gradient_is_named_and_not_timed(_once):
     assert line.startswith("not timed: tiny bf16") and "graphs: Dreg is off by" in line
 
 
+def test_a_variant_that_fails_is_named_and_the_others_are_timed(_once, monkeypatch):
+    """One whose recording is refused, and one that wants too much memory."""
+
+    def check(variant, known, probes):
+        if variant.graphs:
+            raise UserError("cuda_graphs: off, Gmain cannot be recorded: nothing timed")
+        if variant.hsr:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 80 GiB")
+        return ""
+
+    monkeypatch.setattr(train_gpu, "check", check)
+    said = []
+    rows = list(train_gpu.bench([variant(graphs=True), variant(hsr=True), variant()], 1, Fake(), said.append))
+    assert [(row["graphs"], row["hsr"]) for row in rows] == [(False, False)]
+    refused, starved = said
+    assert "with graphs: UserError: cuda_graphs: off" in refused
+    assert starved.endswith("with HSR: OutOfMemoryError: CUDA out of memory. Tried to allocate 80 GiB")
+
+
 CHECKOUT = """
 from hsrgan.engine.model import Discriminator as Ours, Generator as OurGenerator
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.kernels import builds, conv_table, launch
 from hsrgan.kernels.builds import Build
 from hsrgan.tools import kernel_shapes
@@ -65,6 +66,9 @@ def test_every_tile_of_the_convolutions_table(tmp_path):
     expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
     for row in rows:
         assert row["matrix"] == expected[row["target"]] or row["kind"] == "ieee" or "bias_act" in row["kernel"], row
+    # x by 8 bytes into shared memory and the L1 cache, where the other eight taps find it
+    copies = [row["copies"].get("LDGSTS.E.64", 0) for row in rows if "copies" in row]
+    assert len(copies) == len(conv_table.TILES["half", "sm_90"]) and min(copies) > 0
     assert {(row["kind"], tuple(row["tile"])) for row in rows} == {
         (kind, tile) for (kind, _), tiles in conv_table.TILES.items() for tile in tiles if kind != "fp64"
     } | {("layer", ())}
@@ -208,3 +212,8 @@ def test_calls_are_the_layers_of_the_models():
     assert found["ffhq256 4 D conv0"].sizes["x"] == (8, 512, 4, 4)
     assert found["ffhq256 64 HSR, mse"].sizes["x"] == (8, 256, 64, 64)
     assert len(found) == len(kernel_shapes.calls())
+    for size, base in kernel_shapes.MODELS.values():
+        with torch.device("meta"):
+            nets = [net(img_resolution=size, channel_base=base) for net in (Generator, Discriminator)]
+        weights = {tuple(p.shape) for net in nets for p in net.parameters() if p.ndim == 4}
+        assert not weights - {call.sizes.get("weight") for call in found.values()}

@@ -175,6 +175,28 @@ def test_terms_that_are_absent(options):
     same(modulated(1, clamp=0.8, **options), 2, 3, 1, 2)
 
 
+def test_one_noise_for_all_samples():
+    """A constant noise, as sampling may have it."""
+    x, w, s, noise, strength = normal((2, 3, 2, 3), (4, 3, 1, 1), (2, 3), (1, 1, 2, 3), (1,))
+    options = {"noise": noise, "strength": strength, "clamp": 0.8}
+    with kernels.use_backend("triton"):
+        y = kernels.modulated_conv2d(x, w, s, **options)
+    torch.testing.assert_close(y, kernels.modulated_conv2d_torch(x, w, s, **options), rtol=1e-10, atol=1e-10)
+
+
+def test_the_style_of_a_strided_convolution():
+    """Its gradient is summed over the four phases of the transpose."""
+    tensors = [t.requires_grad_() for t in normal((2, 3, 5, 7), (4, 3, 3, 3), (2, 3))]
+    found = []
+    for backend in ("torch", "triton"):
+        with kernels.use_backend(backend):
+            x, w, style = tensors
+            y = convolution(x, w, geometry_of(w, 1, 2), style)
+            found.append(torch.autograd.grad(y, tensors, torch.ones_like(y)))
+    for truth, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, truth, rtol=1e-10, atol=1e-10)
+
+
 PROGRAMS = [conv2d(3), conv2d(3, up=2), conv2d(3, down=2), modulated(), layer(1, residual=True, gain=0.7)]
 
 
@@ -207,8 +229,8 @@ def test_modulation_equals_weights_per_sample(up):
 
 
 def test_fp16_modulation_does_not_overflow():
-    """Style and weight far beyond fp16's products: demodulation makes them harmless, as both are normalised first."""
-    x, w, s = torch.randn(1, 64, 2, 2), torch.randn(8, 64, 3, 3) * 1e3, torch.randn(1, 64) * 1e4
+    """Style and weight far beyond fp16: demodulation makes them harmless, as both are normalised first."""
+    x, w, s = torch.randn(1, 64, 2, 2), torch.randn(8, 64, 3, 3) * 1e5, torch.randn(1, 64) * 1e6
     truth = kernels.modulated_conv2d_torch(x.double(), w.double(), s.double())
     with kernels.use_backend("triton"):
         y = kernels.modulated_conv2d(x.half(), w, s)

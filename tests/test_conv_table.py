@@ -230,3 +230,11 @@ def test_offsets_and_precision_of_a_launch(size, dtype, tf32, expected):
     finally:
         launch.allow_tf32(False)
     assert {key: launches[0].constants[key] for key in expected} == expected
+
+
+def test_offsets_of_planes_far_apart():
+    """Not in channels_last: 2³¹ values lie between the first channel's pixel and the last one's."""
+    x = torch.empty(1, 2048, 1024, 1024, dtype=torch.float16, device="meta")
+    with use_convolution("gemm"), launch.record() as launches:
+        kernels.conv2d(x, torch.empty(32, 2048, 1, 1, device="meta"))
+    assert launches[0].constants["WIDE"]

@@ -229,8 +229,8 @@ def test_only_what_is_wanted_is_launched():
 
 
 def test_gradients_of_scales_do_not_overflow_in_half_precision():
-    """Summed products far beyond 65,504, which a sum in fp16 would have made infinite."""
-    x, g = torch.full((1, 2, 8, 8), 200.0).half(), torch.full((1, 2, 8, 8), 30.0).half()
+    """Products beyond 65,504 and their sums, which fp16 would have made infinite."""
+    x, g = torch.full((1, 2, 8, 8), 2000.0).half(), torch.full((1, 2, 8, 8), 30.0).half()
     scales = [torch.full((1, 2), 0.1, requires_grad=True) for _ in range(2)]
     with kernels.use_backend("torch"):
         dw = kernels.weight_gradient(x, g, 3, 1, 1, x_scale=scales[0], g_scale=scales[1])

@@ -109,9 +109,17 @@ AUGMENTS = [
     {"mode": "ada", "pipe": "bgcfnc", "p": 0.0, "target": 0.6, "kimg": 500.0, "interval": 1},
     {"mode": "diffaugment", "policy": "color,translation,cutout"},
     None,
+    {"mode": "fixed", "pipe": "bgc", "p": 0.5},
 ]
-OTHERS = [{}, test_graphs.CRITICS | test_graphs.R3GAN, {"accumulation": 2}]
-PRECISIONS = ["fp16", "bf16", "fp32"]
+NETWORKS = test_graphs.recipe().model_dump()
+RARE = {
+    "objective": {"loss": "hinge"}, "path_length": {"interval": 2, "parity": True},
+    "generator": NETWORKS["generator"] | {"architecture": "resnet"},
+    "discriminator": NETWORKS["discriminator"] | {"architecture": "skip"},
+    "hsr": test_graphs.HSR | {"distance": "cosine", "weights_per_res": {8: 0.5, 16: 2.0}},
+}  # fmt: skip
+OTHERS = [{}, test_graphs.CRITICS | test_graphs.R3GAN, {"accumulation": 2}, RARE]
+PRECISIONS = ["fp16", "bf16", "fp32", "fp16"]
 
 
 def steps(mode: Gpu, spoil=lambda t: None, **changes) -> None:

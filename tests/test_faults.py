@@ -279,3 +279,24 @@ def test_a_divergence_that_comes_back_stops_with_the_layer(workspace, policy, fi
     (line,) = [line for line in run.said.splitlines() if line.startswith("error:")]
     assert f"G has diverged: 2 of 3 steps were not finite, first {LAYER}; {why}" in line and "Traceback" not in run.said
     assert run.said.count("rolled back") == (policy == "rollback" and first > 0)
+
+
+def no_graphs() -> None:
+    """As on a GPU that refuses a recording."""
+    from hsrgan.engine import graphs
+
+    def caller(wanted, world, zero_stage, say):
+        say("cuda_graphs: off, Gmain cannot be recorded (no)")
+        return graphs.direct
+
+    graphs.caller = caller
+
+
+def test_the_log_keeps_that_graphs_are_off(workspace):
+    """benchmarks/gpu.sh looks for it there."""
+    said = forked.train(workspace, "run_dir=refused", "kimg=0.016", plant=no_graphs)
+    rows = [json.loads(line) for line in (workspace / "refused" / "log.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows if row.get("event") == "cuda_graphs"] == [
+        "cuda_graphs: off, Gmain cannot be recorded (no)"
+    ]
+    assert "cuda_graphs: off" in said

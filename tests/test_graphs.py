@@ -13,6 +13,7 @@ from hsrgan.engine.assembly import load_teachers
 from hsrgan.engine.config import Recipe
 from hsrgan.engine.distributed import World
 from hsrgan.engine.phases import build_phases, rounds
+from hsrgan.engine.run_state import Round
 from hsrgan.kernels import launch
 from hsrgan.tools.plain_training import on_meta, plain_training, random_teacher, run_step
 
@@ -119,10 +120,20 @@ def test_a_refused_recording_is_said_once_and_training_goes_on_eagerly():
             return super().record(run)
 
     said = []
-    graphed, _ = trained(graphs.Graphs(Refusing(), said.append), steps=2)
+    caller = graphs.Graphs(Refusing(), said.append)
+    graphed, _ = trained(caller, steps=2)
     eager, _ = trained(graphs.direct, steps=2)
     assert all(torch.equal(eager[key], graphed[key]) for key in eager)
     assert said == ["cuda_graphs: off, Greg cannot be recorded (operation not permitted when stream is capturing)"]
+    assert not caller._recorded  # the memory of what had been recorded is free again
+
+
+def test_the_callers_tensors_stay_its_own():
+    """What it gave to the first call is not what the second one is copied into."""
+    call = graphs.Graphs(Replayed(), pytest.fail)
+    first, second = (Round(z=torch.full((2,), value)) for value in (1.0, 2.0))
+    assert [float(call("double", lambda batch: 2 * batch.z, each).sum()) for each in (first, second)] == [4, 8]
+    assert torch.equal(first.z, torch.ones(2))
 
 
 def test_who_is_recorded():

@@ -9,6 +9,7 @@ from op_inputs import SKEW, TAPS, _one_thread, normal  # noqa: F401  (a fixture)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsrgan import kernels
+from hsrgan.kernels import launch
 
 convolution_module = sys.modules["hsrgan.kernels.convolution"]
 
@@ -142,3 +143,48 @@ def test_penalties_compute_no_weight_gradient_that_is_thrown_away(wrt, monkeypat
     calls.clear()
     network(x, weights, style).sum().backward()
     assert len(calls) == 4  # one a convolution: an ordinary backward pass wants them all
+
+
+def test_an_image_that_needs_no_gradient_costs_none(monkeypatch):
+    """D's first layer in its main phase, of reals and of fakes: the gradient of the weight alone."""
+    calls = []
+    forward = convolution_module.Convolution.forward
+
+    def counted(ctx, *args):
+        calls.append(1)
+        return forward(ctx, *args)
+
+    monkeypatch.setattr(convolution_module.Convolution, "forward", staticmethod(counted))
+    x, weight = normal(2, 3, 4, 4), normal(3, 3, 3, 3).requires_grad_()
+    kernels.conv2d(x, weight).sum().backward()
+    assert len(calls) == 1 and weight.grad.abs().sum() > 0
+    kernels.conv2d(x.requires_grad_(), weight).sum().backward()
+    assert len(calls) == 3
+
+
+def test_a_clamp_is_rounded_on_the_host_whatever_the_default_device():
+    """A GPU as PyTorch's default device would else be waited for in every layer, and a recording of it broken off."""
+    with torch.device("meta"):
+        x = torch.empty(1, 2, 3, 4)
+        kernels.bias_act(x, clamp=0.765625)
+        with launch.record():
+            kernels.bias_act(x, clamp=0.765625)
+
+
+def test_the_library_is_given_both_in_one_memory_format():
+    """Weights or a gradient of another one it would reorder in every call."""
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func == torch.ops.aten.convolution.default:
+                seen.append([t.is_contiguous(memory_format=torch.channels_last) for t in args[:2]])
+            return func(*args, **(kwargs or {}))
+
+    formats = torch.channels_last, torch.contiguous_format
+    for own, other in (formats, formats[::-1]):
+        x = torch.randn(2, 3, 5, 5).to(memory_format=own).requires_grad_()
+        with Watching():
+            y = kernels.conv2d(x, torch.randn(4, 3, 3, 3))
+            torch.autograd.grad(y, x, torch.ones(y.shape).to(memory_format=other))
+    assert seen == [[True, True]] * 2 + [[False, False]] * 2

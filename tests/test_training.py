@@ -255,19 +255,23 @@ def test_metrics_that_cannot_be_are_refused_at_the_start(workspace, monkeypatch)
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_is_off_unless_the_recipe_allows_it(workspace, tmp_path, allowed):
-    """Set before anything is computed: here the run ends at its data, which is not there."""
+    """Set before anything is computed: here the run ends at its data, which is not there. And halves sum in fp32."""
     from hsrgan.engine.errors import UserError
     from hsrgan.engine.train import train as train_here
     from hsrgan.kernels import launch
 
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [switch.allow_tf32 for switch in switches]
+    cublas, sums = switches[0], [f"allow_{half}_reduced_precision_reduction" for half in ("fp16", "bf16")]
     changes = [f"run_dir={tmp_path}", "data.builtin=null", f"data.shards={tmp_path}/none", "hsr=null"]
     try:
         launch.allow_tf32(not allowed)
+        for name in sums:
+            setattr(cublas, name, True)  # PyTorch's default
         with pytest.raises(UserError, match="none does not exist"):
             train_here(workspace / "recipe.yaml", changes + ["tf32=true"] * allowed)
         assert [launch.tf32_allowed(), *(switch.allow_tf32 for switch in switches)] == [allowed] * 3
+        assert not any(getattr(cublas, name) for name in sums)
     finally:
         launch.allow_tf32(False)
         for switch, value in zip(switches, before, strict=True):

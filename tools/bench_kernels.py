@@ -33,6 +33,7 @@ from rich.table import Table
 from hsrgan import kernels
 from hsrgan.engine.command_line import CommandLine
 from hsrgan.engine.errors import UserError
+from hsrgan.engine.tensor_files import one_line
 from hsrgan.kernels import builds, launch
 from hsrgan.kernels.builds import GPUS, Gpu
 from hsrgan.kernels.conv_table import IMPLEMENTATIONS
@@ -108,9 +109,12 @@ def bench(
     stopwatch: Callable[[Callable[[], Any]], dict[str, Any]],
     roofs: dict[str, float],
     wrong: Container[Result] = (),
+    say: Callable[[str], None] = print,
     peak: Callable[[Callable[[], Any]], int] = kernel_timing.peak_memory,
 ) -> Iterator[dict]:
-    """A row a case and provider, without those that `check_all` found wrong; roofs: of `kernel_timing.roofs`."""
+    """A row a case and provider, without those that `check_all` found wrong; roofs: of `kernel_timing.roofs`. say takes
+    a line for one that fails while it is timed.
+    """
     for case in track(cases, "timing", console=Console(stderr=True), transient=True):
         for name, provider in providers.items():
             left_out = (case.call.op, case.name, name) in wrong or not kernel_timing.possible(name, case)
@@ -119,9 +123,13 @@ def bench(
                 continue
             moved = kernel_timing.bytes_of(case)
             floor = max(moved / roofs["copy"], case.flops / roofs[str(case.dtype).removeprefix("torch.")])
-            with kernel_timing.implementation(name):
-                run = kernel_timing.prepare(case, op, case.call.make(case.dtype, device))
-                used, times = peak(run), stopwatch(run)
+            try:
+                with kernel_timing.implementation(name):
+                    run = kernel_timing.prepare(case, op, case.call.make(case.dtype, device))
+                    used, times = peak(run), stopwatch(run)
+            except RuntimeError as error:  # what a GPU refuses, want of memory included
+                say(f"not timed: {name} {case.call.op}, {case.name}: {one_line(error)}")
+                continue
             yield (row(case, name, moved, floor, torch.cuda.get_device_name() if device == "cuda" else device)
                    | times | {"gb_s": moved / times["p50"] / 1e9, "tflop_s": case.flops / times["p50"] / 1e12,
                               "roof_share": floor / times["p50"], "peak_memory": used})  # fmt: skip
@@ -297,11 +305,14 @@ def main(
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
     launch.allow_tf32(tf32)
+    launch.sum_in_fp32()
     console = Console()
     console.width = max(console.width, 160)  # a pipe has 80 columns, too few for the table
     if not torch.cuda.is_available():
         if os.environ.get("TRITON_INTERPRET") == "1":
             raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
+        if stylegan3 is not None or providers:
+            raise UserError("--stylegan3 and --provider are of what is timed, and there is no GPU here: leave them out")
         rows = model(cases, GPUS[gpu], jobs)
         if out is not None:
             rates = {name: GPUS[gpu].rate(launch.kind_of(dtype)) for name, dtype in DTYPES.items()}
@@ -316,9 +327,9 @@ def main(
     for (op, case, name), complaint in wrong.items():
         console.print(f"not timed: {name} {op}, {case}: {complaint}", style="bold", soft_wrap=True)
     roofs = kernel_timing.roofs(stopwatch, types)
-    stopped = False
+    stopped, failed = False, []
     try:
-        for each in bench(cases, who, "cuda", stopwatch, roofs, wrong):
+        for each in bench(cases, who, "cuda", stopwatch, roofs, wrong, failed.append):
             rows.append(each)
     except KeyboardInterrupt:
         stopped = True
@@ -326,9 +337,11 @@ def main(
         device = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
         write(rows, out or OUT / f"kernels_{device}", roofs)
         print_timed(rows, roofs, console)
+    for line in failed:
+        console.print(line, style="bold", soft_wrap=True)
     if stopped:
         console.print(f"stopped: {len(rows)} rows timed, of {len(cases)} cases")
-    if stopped or wrong:
+    if stopped or wrong or failed:
         raise typer.Exit(130 if stopped else 1)
 
 

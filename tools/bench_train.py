@@ -136,7 +136,7 @@ def main(
     except KeyboardInterrupt:
         stopped = True
     except UserError as error:  # of the rival, which comes last: ours is kept
-        if not rows:
+        if not rows and not wrong:
             raise
         wrong.append(str(error))
     if rows and (there or out is not None):

@@ -208,8 +208,11 @@ def convolution(n: int, c: int, r: int) -> Iterator[Call]:
     if r >= 256:
         rgb = {"x": (n, 3, r, r), "weight": (c, 3, 1, 1), "bias": (c,)}
         yield call("D fromRGB", "conv2d_bias_act", rgb, clamp, pixels)
-    yield call("D conv0, product", "conv2d", {**x, "weight": (c, c, 3, 3)}, {}, pixels)
-    if r > 4:
+    if r == 4:  # with the minibatch standard deviation as one channel more
+        last = {"x": (n, c + 1, r, r), "weight": (c, c + 1, 3, 3), "bias": (c,)}
+        yield call("D conv", "conv2d_bias_act", last, clamp, pixels)
+    else:
+        yield call("D conv0, product", "conv2d", {**x, "weight": (c, c, 3, 3)}, {}, pixels)
         down = {**x, "weight": (wide, c, 3, 3), "bias": (wide,), "residual": (n, wide, r // 2, r // 2), **fir}
         low = ("x", "residual")
         options = {"down": 2, "gain": 1.0, "clamp": CLAMP * 0.5**0.5}

@@ -25,6 +25,7 @@ from hsrgan.engine.errors import UserError
 from hsrgan.engine.graphs import Cuda, Graphs, direct
 from hsrgan.engine.phases import Phase, build_phases, rounds, run_phase
 from hsrgan.engine.run_state import Training
+from hsrgan.engine.tensor_files import one_line
 from hsrgan.kernels import launch, use_backend
 from hsrgan.tools.plain_training import plain_training, random_teacher, run_step
 from hsrgan.tools.train_variants import HSR_LAYERS, Variant, recipe, row
@@ -88,6 +89,7 @@ def _refuse(line: str) -> None:
 def training(variant: Variant, probes: Probes) -> Training:
     """Biases and noise strengths are moved off zero, so that a wrong one shows. Sets tf32 as the variant has it."""
     launch.allow_tf32(variant.tf32)
+    launch.sum_in_fp32()
     with torch.device(probes.device):
         torch.manual_seed(1)
         teachers = {"hsr": random_teacher(HSR_LAYERS)} if variant.hsr else {}
@@ -200,11 +202,17 @@ def free() -> None:
 
 
 def bench(variants: list[Variant], turns: int, probes: Probes, say: Callable[[str], None]) -> Iterator[dict]:
-    """A row for each variant that is right; say takes a line for each that is not."""
+    """A row for each variant that is right; say takes a line for each that is not, or that fails."""
     known: dict[Variant, dict[str, Any]] = {}
     for variant in variants:
-        if complaint := check(variant, known, probes):
+        found = None
+        try:
+            complaint = check(variant, known, probes)
+            found = None if complaint else measure(variant, turns, probes)
+        except (RuntimeError, UserError) as error:  # what a GPU refuses, want of memory included; a refused recording
+            complaint = f"{variant.name}: {one_line(error)}"
+        if found is None:
             say(f"not timed: {complaint}")
         else:
-            yield measure(variant, turns, probes)
+            yield found
         free()
