@@ -132,6 +132,8 @@ def test_one_launch_forward_two_for_the_gradients_two_for_theirs():
     gs = [torch.empty_like(t) for t in results]
     assert launched(lambda: torch.autograd.grad(results, [weight, style], gs)) == ["rows", "columns"]
     launched(forward)
+    assert launched(lambda: torch.autograd.grad(results, weight, gs)) == ["rows"]
+    launched(forward)
     gs = [g.requires_grad_() for g in gs]
     first = []
 
