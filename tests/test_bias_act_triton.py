@@ -227,6 +227,24 @@ def test_the_gradient_of_the_residual_is_no_copy():
         assert torch.autograd.grad(z, residual, g)[0].data_ptr() == g.data_ptr()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("options", [{}, {"residual": torch.zeros(1, 5).double()}], ids=["of y", "of x"])
+def test_gradients_at_the_kinks(backend, options):
+    """At 0 that of the negative side; none where the clamp is met exactly, as half precision does."""
+    x = torch.tensor([[-5.0, -1.0, 0.0, 0.5, 1.0]]).double().requires_grad_()
+    with use_backend(backend):
+        y = kernels.bias_act(x, gain=1.0, clamp=1.0, **options)
+        (g,) = torch.autograd.grad(y.sum(), x)
+    assert g.tolist() == [[0.0, 0.2, 0.2, 1.0, 0.0]]
+
+
+def test_tanh_of_small_values_keeps_its_digits():
+    x = torch.randn(1, 64) * 1e-3
+    with watched():
+        y = kernels.bias_act(x, act="tanh")
+    assert ((y.double() - x.double().tanh()) / x).abs().max() < 4 * torch.finfo(torch.float32).eps
+
+
 def test_nan_stays_and_infinity_is_clamped():
     x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 70000.0]])
     for act in ("lrelu", "relu", "linear", "tanh", "sigmoid"):

@@ -39,7 +39,8 @@ def case(distance):
         low=tuple(range(6)),
         constants=(5,),
         order=1,
-        sizes=((1, 1, 4, 5), (1, 17, 2, 3), (2, 3, 7, 4), (1, 3, 3, 19), (0, 3, 4, 5)),
+        sizes=((1, 1, 4, 5), (1, 17, 2, 3), (2, 3, 7, 4), (1, 3, 3, 19), (1, 63, 1, 2), (1, 129, 1, 2), (1, 2, 1, 100),
+               (0, 3, 4, 5)),
         layout_sizes=((2, 3, 4, 5),),
         precision_sizes=((2, 16, 4, 5),),
         determinism_size=(2, 3, 5, 7),
@@ -59,6 +60,16 @@ def test_contract(name):
 @pytest.mark.parametrize("name", ["values", "gradients", "precision"])
 def test_contract_of_the_cosine(name):
     check(CASES["cosine"], name)
+
+
+def test_gradcheck():
+    """A random projection, in the format of activations."""
+    *tensors, target = inputs(1, 2, 2, 5, (3, 4), k=2, ct=2)
+    leaves = [t.requires_grad_() for t in (tensors[0].to(memory_format=torch.channels_last), *tensors[1:])]
+    with watched():
+        assert torch.autograd.gradcheck(
+            lambda *t: kernels.feature_match(*t, target, distance="cosine"), leaves, fast_mode=True
+        )
 
 
 def gradients(tensors, op, *, distance="mse", scale=3.0):

@@ -34,7 +34,8 @@ def case(outputs=3, image=2, bias=True, f=TAPS, **options):
 
     return OpCase(
         "to_rgb", call(kernels.to_rgb), call(kernels.to_rgb_torch), make,
-        sizes=((1, 1, 2, 3), (1, 7, 3, 1), (2, 3, 1, 7), (1, 129, 1, 2), (1, 3, 1, 63), (0, 3, 2, 2)),
+        sizes=((1, 1, 2, 3), (1, 7, 3, 1), (2, 3, 1, 7), (1, 129, 1, 2), (1, 3, 1, 63), (1, 100, 1, 1),
+               (0, 3, 2, 2)),
         layout_sizes=((2, 5, 2, 3),), precision_sizes=((2, 16, 3, 4),), gradcheck_size=(2, 3, 2, 2),
         slow_size=(1, 1, 1, 1),
     )  # fmt: skip
