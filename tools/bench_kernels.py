@@ -296,6 +296,8 @@ def main(
     cases = kernel_timing.cases(calls, types, chosen(modes, MODES, "mode"))
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
+    who = kernel_timing.providers(stylegan3)
+    who = {name: who[name] for name in chosen(providers, who, "provider")} if providers else who
     launch.allow_tf32(tf32)
     console = Console()
     console.width = max(console.width, 160)  # a pipe has 80 columns, too few for the table
@@ -308,8 +310,6 @@ def main(
             write(rows, out, {"copy": GPUS[gpu].bandwidth} | rates)
         print_model(rows, GPUS[gpu], console)
         return
-    who = kernel_timing.providers(stylegan3)
-    who = {name: who[name] for name in chosen(providers, who, "provider")} if providers else who
     cases.sort(key=lambda case: -math.prod(case.call.sizes["x"]))
     stopwatch, rows = kernel_timing.Stopwatch(), []
     wrong = check_all(cases, who, "cuda")
