@@ -78,13 +78,13 @@ def gradients(tensors, op, *, distance="mse", scale=3.0):
     return [loss.detach(), *torch.autograd.grad(loss * scale, leaves)]
 
 
-def compare(tensors, distance="mse"):
+def compare(tensors, distance="mse", rtol=1e-9):
     with watched() as watch:
         fast = gradients(tensors, kernels.feature_match, distance=distance)
     assert not watch.outside
     truth = gradients(tensors, kernels.feature_match_torch, distance=distance)
     for a, b in zip(fast, truth, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-11)
 
 
 GRIDS = {
@@ -107,6 +107,34 @@ GRIDS = {
 def test_every_grid(grid):
     size, bins = GRIDS[grid]
     compare(inputs(2 if max(size) < 10 else 1, 3, *size, bins), "cosine" if grid == "8→14" else "mse")
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-9])
+def test_the_cosine_of_a_prediction_shorter_than_its_floor(length):
+    """Its gradient is PyTorch's there, too: of the norm itself, not of what it was raised to."""
+    tensors = inputs(1, 3, 4, 5, (2, 3))
+    tensors[3] *= 0
+    tensors[4] *= length
+    compare(tensors, "cosine", rtol=1e-6)  # the floor is rounded to fp32
+
+
+@pytest.mark.parametrize(("size", "grid", "hidden", "off"), [(14, 14, 30.0, 30.0), (32, 2, 300.0, 1.0)])
+def test_sums_that_half_precision_holds_in_parts_only(size, grid, hidden, off):
+    """Of the gradient of w2 over all rows, and of a bin's pixels: every term has the same sign."""
+    x, w1, b1 = torch.ones(2, 1, size, size), torch.full((2, 1, 1, 1), hidden), torch.zeros(2)
+    tensors = [x, w1, b1, torch.zeros(2, 2, 1, 1), torch.zeros(2), torch.full((2, 2, grid, grid), -off)]
+    with watched():
+        fast = gradients([t.half() for t in tensors], kernels.feature_match, scale=0.1)
+    truth = gradients([t.double() for t in tensors], kernels.feature_match_torch, scale=0.1)
+    for a, b in zip(fast, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-3, atol=0)
+
+
+def test_nan_reaches_the_loss():
+    tensors = inputs(1, 3, 4, 5, (2, 3))
+    tensors[0][0, 1, 2, 3] = torch.nan
+    with watched():
+        assert kernels.feature_match(*tensors).isnan()
 
 
 @pytest.mark.parametrize("programs", [4, 64])
