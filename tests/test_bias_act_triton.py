@@ -163,7 +163,7 @@ def record(names, wrt, second=False, **options):
             t = tensors[name].expand(-1, -1, 1024, 1024)
             tensors[name] = torch.empty_like(t, memory_format=torch.channels_last)
     for name in names:
-        tensors[name].requires_grad_(name in wrt)
+        tensors[name].requires_grad_()  # as a network's parameters do, whoever is asked about
     with launch.record() as launches:
         y = kernels.bias_act(**tensors, **options)
         g = torch.autograd.grad(y, [tensors[name] for name in wrt], torch.empty_like(y).requires_grad_(),

@@ -258,6 +258,7 @@ def test_peak_memory_at_most_twelve_percent_of_the_definition(dtype):
 def test_the_tf32_switch():
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     x = torch.empty(1, 3, 8, 8, device="meta")
+    assert not launch.tf32_allowed() and products(x)["PRECISION"] == "ieee"  # unless somebody asks
     try:
         for allowed, name in ((True, "tf32"), (False, "ieee")):
             launch.allow_tf32(allowed)
