@@ -91,6 +91,20 @@ def test_a_third_derivative_is_right():
     same(case(outputs=2), 1, 2, 1, 2, order=3)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_bias_that_moves_the_clamp_has_a_second_gradient_of_zero(backend):
+    """Zero, not none, on both backends: an optimiser tells them apart."""
+    sizes = ((1, 2, 1, 2), (3, 2, 1, 1), (1, 2), (3,))
+    x, weight, style, bias = (torch.randn(*size).requires_grad_() for size in sizes)
+    with kernels.use_backend(backend):
+        alone = kernels.to_rgb(x, weight, style, bias, clamp=1.0)
+        _, folded = kernels.bias_act_to_rgb(x, weight, style, rgb_bias=bias, rgb_clamp=1.0)
+        for y in (alone, folded):
+            (gx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(gx.sum(), bias, allow_unused=True)
+            assert second is not None and second.abs().sum() == 0
+
+
 def test_one_launch_forward_and_two_for_all_gradients():
     """The second makes the smaller image's gradient of the larger one's."""
     shapes = {"x": (2, 8, 16, 16), "weight": (3, 8, 1, 1), "style": (2, 8), "bias": (3,), "image": (2, 3, 8, 8)}
