@@ -177,9 +177,8 @@ class Tail(NamedTuple):
         if x.ndim < 2 or not x.is_floating_point():
             raise ValueError(f"x must be a floating-point tensor [N, C, ...]; got {x.dtype} of shape {list(x.shape)}")
         noise, strength, act, alpha, residual = self.noise, self.strength, self.act, self.alpha, self.residual
-        for name in ("bias", "demod", "noise", "strength", "next_style", "residual"):
-            t = getattr(self, name)
-            launch.check(t is None or t.device == x.device, f"{name} must be on the device of x")
+        named = ("bias", "demod", "noise", "strength", "next_style", "residual")
+        launch.check_devices(x, **{name: getattr(self, name) for name in named})
         launch.check(residual is None or residual.dtype == x.dtype, f"residual must have the dtype of x, {x.dtype}")
         launch.check_shape(self.bias, "bias", x.shape[1])
         launch.check_shape(self.demod, "demod", *x.shape[:2])

@@ -45,13 +45,14 @@ class _Demodulation(Function):
     @staticmethod
     def backward(ctx, g):
         weight, style, energy, demod = ctx.saved_tensors
+        want_weight, want_style = launch.wanted(ctx)
         gweight = gstyle = None
         u = -g * demod**3  # d demod = −demod³ · (Σ w²·s·ds + Σ s²·w·dw)
-        if ctx.needs_input_grad[1]:
+        if want_style:
             if torch.is_grad_enabled():  # energy has no graph of its own
                 energy = weight.square().sum((2, 3))
             gstyle = (u @ energy) * style
-        if ctx.needs_input_grad[0]:
+        if want_weight:
             gweight = (u.t() @ style.square())[:, :, None, None] * weight
         return gweight, gstyle
 

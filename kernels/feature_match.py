@@ -118,13 +118,14 @@ def feature_match(
     raises.
     """
     launch.check_images(x)
-    launch.check_shape(w1, "w1", w1.shape[0], x.shape[1], 1, 1)
+    launch.check_projection(w1, "w1", x.shape[1])
     launch.check_shape(b1, "b1", w1.shape[0])
-    launch.check_shape(w2, "w2", w2.shape[0], w1.shape[0], 1, 1)
+    launch.check_projection(w2, "w2", w1.shape[0])
     launch.check_shape(b2, "b2", w2.shape[0])
     launch.check(target.ndim == 4, f"target must be [N, Ct, h, w]; got {list(target.shape)}")
     launch.check_shape(target, "target", x.shape[0], w2.shape[0], *target.shape[2:])
-    launch.check(min(target.shape[2:]) > 0, f"target must have pixels; got {list(target.shape)}")
+    for name, t in (("x", x), ("target", target)):
+        launch.check(min(t.shape[2:]) > 0, f"{name} must have pixels; got {list(t.shape)}")
     launch.check_devices(x, w1=w1, b1=b1, w2=w2, b2=b2, target=target)
     launch.check(distance in DISTANCES, f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
     if launch.backend(x) == "triton":

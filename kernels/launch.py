@@ -241,6 +241,11 @@ def check_images(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name} must be a floating-point tensor [N, C, H, W]; got {x.dtype} of shape {list(x.shape)}")
 
 
+def check_projection(t: Tensor, name: str, inputs: int) -> None:
+    """t must be the weight of a 1×1 convolution of so many channels; ValueError otherwise."""
+    check(t.shape[1:] == (inputs, 1, 1), f"{name} must have shape [outputs, {inputs}, 1, 1]; got {list(t.shape)}")
+
+
 def check_shape(t: Tensor | None, name: str, *shape: int) -> None:
     """t (None passes) must have exactly this shape; ValueError otherwise."""
     if t is not None and t.shape != shape:

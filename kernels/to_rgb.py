@@ -36,7 +36,7 @@ def check_to_rgb(
 ) -> None:  # fmt: skip
     """Raise ValueError for arguments that `to_rgb` does not take. prefix: of the names of bias and clamp."""
     launch.check_images(x)
-    launch.check_shape(weight, "weight", weight.shape[0], x.shape[1], 1, 1)
+    launch.check_projection(weight, "weight", x.shape[1])
     launch.check_shape(style, "style", *x.shape[:2])
     launch.check_shape(bias, f"{prefix}bias", weight.shape[0])
     launch.check(clamp is None or clamp > 0, f"{prefix}clamp must be positive; got {clamp}")

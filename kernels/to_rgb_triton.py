@@ -83,7 +83,7 @@ def finish(t0, t1, t2, t3, n, start, pixels, BIAS, IMAGE, F, MASK, Y, width, ima
     if CLAMP is not None:
         limit = limit_like(total, CLAMP)
         if MASK is not None:
-            bits = tl.where((tl.abs(total) < limit) | (o >= OUTPUTS)[None, :], 0, 1 << o[None, :])
+            bits = tl.where(tl.abs(total) < limit, 0, 1 << o[None, :])
             tl.store(MASK + n * pixels + p, tl.sum(bits, 1).to(tl.uint8), mask=ok)
         total = tl.where(total > limit, limit, total)
         total = tl.where(total < -limit, -limit, total)

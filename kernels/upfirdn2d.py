@@ -34,6 +34,14 @@ def paddings(padding: int | tuple[int, ...] | list[int]) -> tuple[int, int, int,
     return sides
 
 
+def padded(x: Tensor, sides: tuple[int, ...] | list[int]) -> Tensor:
+    """x with zeros around it, cropped where a side is negative: in this order, so that a crop may reach into the zeros
+    of the other side (F.pad crops first, and raises there)."""
+    for part in ([max(side, 0) for side in sides], [min(side, 0) for side in sides]):
+        x = F.pad(x, part) if any(part) else x
+    return x
+
+
 def upfirdn2d_torch(
     x: Tensor,
     f: Tensor | None,
@@ -48,7 +56,7 @@ def upfirdn2d_torch(
     (ux, uy), (dx, dy), (x0, x1, y0, y1) = pair(up, "up"), pair(down, "down"), paddings(padding)
     n, c, h, w = x.shape
     x = F.pad(x.reshape(n, c, h, 1, w, 1), (0, ux - 1, 0, 0, 0, uy - 1)).reshape(n, c, h * uy, w * ux)
-    x = F.pad(x, (x0, x1, y0, y1))
+    x = padded(x, (x0, x1, y0, y1))
     f = torch.ones(1, 1) if f is None else f
     f = torch.outer(f, f) if f.ndim == 1 else f
     f = (f if flip_filter else f.flip(0, 1)).to(x)
@@ -62,7 +70,7 @@ def _filter(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int], si
     (x0, x1, y0, y1), (b, a) = sides, (f.shape[1], f.shape[0])
     if up == (1, 1):
         if x0 != x1 or y0 != y1 or min(sides) < 0:
-            x, x0, y0 = F.pad(x, sides), 0, 0
+            x, x0, y0 = padded(x, sides), 0, 0
         weight = f.flip(0, 1).expand(c, 1, a, b)
         return F.conv2d(x, weight, stride=down[::-1], padding=(y0, x0), groups=c)
     if down == (1, 1):
@@ -74,7 +82,7 @@ def _filter(x: Tensor, f: Tensor, up: tuple[int, int], down: tuple[int, int], si
         wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
         y = F.conv_transpose2d(x.to(wide), f.to(wide).expand(c, 1, a, b), stride=up[::-1], padding=pad, groups=c)
         y = y.to(x.dtype)
-        return y if even else F.pad(y, [-side for side in crop])
+        return y if even else padded(y, [-side for side in crop])
     y = upfirdn2d_torch(x, f, up=up, down=down, padding=sides)
     is_nhwc = x.is_contiguous(memory_format=torch.channels_last)
     return y.contiguous(memory_format=torch.channels_last if is_nhwc else torch.contiguous_format)

@@ -309,8 +309,9 @@ def test_a_bad_shapes_file_is_one_line(tmp_path, text, message):
         ("--mode", ",", "--mode: give some of forward"),
         ("--gpu", "GTX", "--gpu GTX: there are A100"),
         ("--model", "sg3", "--model sg3: there are ffhq256"),
-        ("--stylegan3", "there", "no GPU here: leave them out"),
         ("--provider", "eager", "no GPU here: leave them out"),
+        ("--stylegan3", "/nowhere", "--stylegan3 /nowhere: no torch_utils/ops/bias_act.py there"),  # without a GPU, too
+        ("--provider", "theirs", "--provider theirs: there are hsrgan"),
     ],
 )
 def test_bad_options_are_one_line(option, value, message, monkeypatch):

@@ -45,7 +45,7 @@ def op_case(name, names=NAMES, part="both", made=None, **options):
         call(kernels.bias_act_to_rgb_torch, names, part, **options),
         lambda n, c, h, w: operands(n, c, h, w, names=names, **(made or {})),
         constants=(names.index("noise"),),
-        sizes=((1, 1, 2, 3), (2, 7, 3, 1), (2, 3, 1, 7), (1, 129, 1, 2), (1, 3, 1, 63), (0, 3, 2, 2)),
+        sizes=((1, 1, 2, 3), (2, 7, 3, 1), (2, 3, 1, 7), (1, 129, 1, 2), (1, 3, 1, 63), (1, 100, 1, 1), (0, 3, 2, 2)),
         layout_sizes=((2, 5, 2, 3),), precision_sizes=((2, 16, 3, 4),), gradcheck_size=(2, 3, 2, 1),
         determinism_size=(2, 3, 4, 5), slow_size=(1, 1, 1, 1),
     )  # fmt: skip

@@ -163,7 +163,7 @@ def record(names, wrt, second=False, **options):
             t = tensors[name].expand(-1, -1, 1024, 1024)
             tensors[name] = torch.empty_like(t, memory_format=torch.channels_last)
     for name in names:
-        tensors[name].requires_grad_(name in wrt)
+        tensors[name].requires_grad_()  # as a network's parameters do, whoever is asked about
     with launch.record() as launches:
         y = kernels.bias_act(**tensors, **options)
         g = torch.autograd.grad(y, [tensors[name] for name in wrt], torch.empty_like(y).requires_grad_(),
@@ -225,6 +225,24 @@ def test_the_gradient_of_the_residual_is_no_copy():
     with watched():
         z = kernels.bias_act(x, residual=residual)
         assert torch.autograd.grad(z, residual, g)[0].data_ptr() == g.data_ptr()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("options", [{}, {"residual": torch.zeros(1, 5).double()}], ids=["of y", "of x"])
+def test_gradients_at_the_kinks(backend, options):
+    """At 0 that of the negative side; none where the clamp is met exactly, as half precision does."""
+    x = torch.tensor([[-5.0, -1.0, 0.0, 0.5, 1.0]]).double().requires_grad_()
+    with use_backend(backend):
+        y = kernels.bias_act(x, gain=1.0, clamp=1.0, **options)
+        (g,) = torch.autograd.grad(y.sum(), x)
+    assert g.tolist() == [[0.0, 0.2, 0.2, 1.0, 0.0]]
+
+
+def test_tanh_of_small_values_keeps_its_digits():
+    x = torch.randn(1, 64) * 1e-3
+    with watched():
+        y = kernels.bias_act(x, act="tanh")
+    assert ((y.double() - x.double().tanh()) / x).abs().max() < 4 * torch.finfo(torch.float32).eps
 
 
 def test_nan_stays_and_infinity_is_clamped():

@@ -1,18 +1,21 @@
 """Every kernel compiles for every target without spills and within its shared memory, on a machine without a GPU."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.kernels import builds, conv_table, launch
 from hsrgan.kernels.builds import Build
-from hsrgan.tools import kernel_shapes
+from hsrgan.tools import kernel_builds, kernel_shapes
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,6 +162,15 @@ def test_floor_is_the_slower_of_bytes_and_flops():
     assert builds.floor_seconds(4.8e12, 0, "H200") == 1
     assert builds.floor_seconds(4.8e12, 989e12 * 2, "H200", "half") == 2
     assert builds.floor_seconds(4.8e12, 989e12 * 2, "H200", "tf32") == 4
+
+
+def test_the_table_has_the_whole_name_of_a_kernel():
+    facts = {"first": "", "issue": 12.34, "problems": []}
+    name = "feature_distance_triton.grow_gradient_kernel"
+    one = a_build(kernel=name, shared=232_448, registers=255, matrix="UTCHMMA")
+    console = Console(width=kernel_builds.WIDTH, file=io.StringIO())
+    kernel_builds.print_rows([asdict(one) | facts], console)
+    assert name in console.file.getvalue() and "12.34" in console.file.getvalue()
 
 
 SASS = """

@@ -39,7 +39,8 @@ def case(distance):
         low=tuple(range(6)),
         constants=(5,),
         order=1,
-        sizes=((1, 1, 4, 5), (1, 17, 2, 3), (2, 3, 7, 4), (1, 3, 3, 19), (0, 3, 4, 5)),
+        sizes=((1, 1, 4, 5), (1, 17, 2, 3), (2, 3, 7, 4), (1, 3, 3, 19), (1, 63, 1, 2), (1, 129, 1, 2), (1, 2, 1, 100),
+               (0, 3, 4, 5)),
         layout_sizes=((2, 3, 4, 5),),
         precision_sizes=((2, 16, 4, 5),),
         determinism_size=(2, 3, 5, 7),
@@ -61,19 +62,29 @@ def test_contract_of_the_cosine(name):
     check(CASES["cosine"], name)
 
 
+def test_gradcheck():
+    """A random projection, in the format of activations."""
+    *tensors, target = inputs(1, 2, 2, 5, (3, 4), k=2, ct=2)
+    leaves = [t.requires_grad_() for t in (tensors[0].to(memory_format=torch.channels_last), *tensors[1:])]
+    with watched():
+        assert torch.autograd.gradcheck(
+            lambda *t: kernels.feature_match(*t, target, distance="cosine"), leaves, fast_mode=True
+        )
+
+
 def gradients(tensors, op, *, distance="mse", scale=3.0):
     leaves = [t.detach().requires_grad_() for t in tensors[:5]]
     loss = op(*leaves, tensors[5], distance=distance)
     return [loss.detach(), *torch.autograd.grad(loss * scale, leaves)]
 
 
-def compare(tensors, distance="mse"):
+def compare(tensors, distance="mse", rtol=1e-9):
     with watched() as watch:
         fast = gradients(tensors, kernels.feature_match, distance=distance)
     assert not watch.outside
     truth = gradients(tensors, kernels.feature_match_torch, distance=distance)
     for a, b in zip(fast, truth, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-11)
 
 
 GRIDS = {
@@ -96,6 +107,34 @@ GRIDS = {
 def test_every_grid(grid):
     size, bins = GRIDS[grid]
     compare(inputs(2 if max(size) < 10 else 1, 3, *size, bins), "cosine" if grid == "8→14" else "mse")
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-9])
+def test_the_cosine_of_a_prediction_shorter_than_its_floor(length):
+    """Its gradient is PyTorch's there, too: of the norm itself, not of what it was raised to."""
+    tensors = inputs(1, 3, 4, 5, (2, 3))
+    tensors[3] *= 0
+    tensors[4] *= length
+    compare(tensors, "cosine", rtol=1e-6)  # the floor is rounded to fp32
+
+
+@pytest.mark.parametrize(("size", "grid", "hidden", "off"), [(14, 14, 30.0, 30.0), (32, 2, 300.0, 1.0)])
+def test_sums_that_half_precision_holds_in_parts_only(size, grid, hidden, off):
+    """Of the gradient of w2 over all rows, and of a bin's pixels: every term has the same sign."""
+    x, w1, b1 = torch.ones(2, 1, size, size), torch.full((2, 1, 1, 1), hidden), torch.zeros(2)
+    tensors = [x, w1, b1, torch.zeros(2, 2, 1, 1), torch.zeros(2), torch.full((2, 2, grid, grid), -off)]
+    with watched():
+        fast = gradients([t.half() for t in tensors], kernels.feature_match, scale=0.1)
+    truth = gradients([t.double() for t in tensors], kernels.feature_match_torch, scale=0.1)
+    for a, b in zip(fast, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-3, atol=0)
+
+
+def test_nan_reaches_the_loss():
+    tensors = inputs(1, 3, 4, 5, (2, 3))
+    tensors[0][0, 1, 2, 3] = torch.nan
+    with watched():
+        assert kernels.feature_match(*tensors).isnan()
 
 
 @pytest.mark.parametrize("programs", [4, 64])
@@ -219,6 +258,7 @@ def test_peak_memory_at_most_twelve_percent_of_the_definition(dtype):
 def test_the_tf32_switch():
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     x = torch.empty(1, 3, 8, 8, device="meta")
+    assert not launch.tf32_allowed() and products(x)["PRECISION"] == "ieee"  # unless somebody asks
     try:
         for allowed, name in ((True, "tf32"), (False, "ieee")):
             launch.allow_tf32(allowed)

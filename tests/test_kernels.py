@@ -91,6 +91,7 @@ CASES = {
     "upfirdn2d-up": lambda n, h, w: upfirdn2d_case(n, 3, h, w, SKEW, up=2, padding=(2, 1, 0, 3), gain=4),
     "upfirdn2d-down": lambda n, h, w: upfirdn2d_case(n, 3, h, w, SKEW, down=2, padding=(1, 2, -1, 3), flip_filter=True),
     "upfirdn2d-both": lambda n, h, w: upfirdn2d_case(n, 3, h, w, SKEW, up=(2, 3), down=(3, 2), padding=2),
+    "upfirdn2d-rest": lambda n, h, w: upfirdn2d_case(n, 3, h, w, SKEW[:, :2], up=(2, 1), down=4, padding=(2, 3, 3, -2)),
     "upfirdn2d-crop": lambda n, h, w: upfirdn2d_case(n, 3, h, w, None, up=(1, 2), padding=(-1, 0, 0, -1)),
     "upsample2d": lambda n, h, w: resample_case("upsample2d", n, 3, h, w),
     "downsample2d": lambda n, h, w: resample_case("downsample2d", n, 3, h, w),

@@ -34,7 +34,8 @@ def case(outputs=3, image=2, bias=True, f=TAPS, **options):
 
     return OpCase(
         "to_rgb", call(kernels.to_rgb), call(kernels.to_rgb_torch), make,
-        sizes=((1, 1, 2, 3), (1, 7, 3, 1), (2, 3, 1, 7), (1, 129, 1, 2), (1, 3, 1, 63), (0, 3, 2, 2)),
+        sizes=((1, 1, 2, 3), (1, 7, 3, 1), (2, 3, 1, 7), (1, 129, 1, 2), (1, 3, 1, 63), (1, 100, 1, 1),
+               (0, 3, 2, 2)),
         layout_sizes=((2, 5, 2, 3),), precision_sizes=((2, 16, 3, 4),), gradcheck_size=(2, 3, 2, 2),
         slow_size=(1, 1, 1, 1),
     )  # fmt: skip
@@ -88,6 +89,20 @@ def test_programs_that_divide_a_row_evenly(image):
 
 def test_a_third_derivative_is_right():
     same(case(outputs=2), 1, 2, 1, 2, order=3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_bias_that_moves_the_clamp_has_a_second_gradient_of_zero(backend):
+    """Zero, not none, on both backends: an optimiser tells them apart."""
+    sizes = ((1, 2, 1, 2), (3, 2, 1, 1), (1, 2), (3,))
+    x, weight, style, bias = (torch.randn(*size).requires_grad_() for size in sizes)
+    with kernels.use_backend(backend):
+        alone = kernels.to_rgb(x, weight, style, bias, clamp=1.0)
+        _, folded = kernels.bias_act_to_rgb(x, weight, style, rgb_bias=bias, rgb_clamp=1.0)
+        for y in (alone, folded):
+            (gx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(gx.sum(), bias, allow_unused=True)
+            assert second is not None and second.abs().sum() == 0
 
 
 def test_one_launch_forward_and_two_for_all_gradients():

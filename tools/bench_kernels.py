@@ -138,7 +138,7 @@ def bench(
 def row(case: Case, provider: str, moved: int, floor: float, device: str) -> dict:
     """The columns that need no stopwatch; seconds, bytes and FLOP. The others are empty: nothing was timed."""
     known = {
-        "op": case.call.op, "provider": provider, "shape": f"{case.call.name} {list(case.call.sizes['x'])}",
+        "op": case.call.op, "provider": provider, "shape": f"{case.call.name} {list(case.call.shape)}",
         "dtype": str(case.dtype).removeprefix("torch."), "mode": case.mode, "bytes": moved, "flops": case.flops,
         "floor": floor, "device": device, "versions": versions(), "date": now(),
     }  # fmt: skip
@@ -304,6 +304,8 @@ def main(
     cases = kernel_timing.cases(calls, types, chosen(modes, MODES, "mode"))
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: there are {', '.join(GPUS)}")
+    who = kernel_timing.providers(stylegan3)
+    who = {name: who[name] for name in chosen(providers, who, "provider")} if providers else who
     launch.allow_tf32(tf32)
     launch.sum_in_fp32()
     console = Console()
@@ -319,9 +321,7 @@ def main(
             write(rows, out, {"copy": GPUS[gpu].bandwidth} | rates)
         print_model(rows, GPUS[gpu], console)
         return
-    who = kernel_timing.providers(stylegan3)
-    who = {name: who[name] for name in chosen(providers, who, "provider")} if providers else who
-    cases.sort(key=lambda case: -math.prod(case.call.sizes["x"]))
+    cases.sort(key=lambda case: -math.prod(case.call.shape))
     stopwatch, rows = kernel_timing.Stopwatch(), []
     wrong = check_all(cases, who, "cuda")
     for (op, case, name), complaint in wrong.items():

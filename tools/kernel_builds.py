@@ -33,6 +33,8 @@ from hsrgan.tools.kernel_shapes import Call
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
+WIDTH = 144  # columns of the table, with the longest name of a kernel; a pipe has 80
+
 app = CommandLine()
 
 
@@ -129,7 +131,7 @@ def main(
     rows = build(calls, dtype, target, jobs)
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print_rows(rows, Console(width=max(Console().width, 120)))  # the table's; a pipe has 80
+    print_rows(rows, Console(width=max(Console().width, WIDTH)))
     bad = sum(bool(row["problems"]) for row in rows)
     typer.echo(f"{len(rows)} builds, {bad} of them not fit to ship")
     raise typer.Exit(1 if bad else 0)

@@ -40,6 +40,11 @@ class Call:
     stand_ins: tuple[int, ...] = ()  # results that have a gradient and no values
     resolution: int = 0  # of the block that the layer belongs to
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x, or of the first tensor of an op without one."""
+        return self.sizes.get("x", next(iter(self.sizes.values())))
+
     def make(self, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
         """The tensors, normal, images in channels_last; those that can have a gradient require one."""
         tensors = {}

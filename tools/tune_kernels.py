@@ -199,7 +199,7 @@ def check(rows: Iterable[Row], probes: Iterable[Probe], targets: list[str], jobs
             used.add(blocks.row_for(*slot.key))
         for (i, _), build in builds.build_each(launches, [target], jobs).items():
             slot = owners[i]
-            where = f"{name(blocks.row_for(*slot.key))}: on {target}, x {list(slot.case.call.sizes['x'])}"
+            where = f"{name(blocks.row_for(*slot.key))}: on {target}, x {list(slot.case.call.shape)}"
             wrong += [f"{where}, {slot.function} {each}" for each in build.problems()]
         count += len(launches)
     if set(targets) == set(builds.TARGETS):
