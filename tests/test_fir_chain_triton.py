@@ -118,6 +118,17 @@ def test_every_padding_that_one_pass_takes(pad):
     same(before(pad, clamp=0.75), 1, 2, 5, 4)
 
 
+@pytest.mark.parametrize("name", ["fir_bias_act", "bias_act_fir"])
+def test_paddings_that_differ_by_side(name):
+    def call(op):
+        return lambda x, bias: op(x, TAPS.to(x.device), bias, padding=(1, 3, 2, 1), clamp=0.75)
+
+    def make(n, c, h, w):
+        return [normal(n, c, h, w), normal(c)]
+
+    same(OpCase(name, call(getattr(kernels, name)), call(getattr(kernels, f"{name}_torch")), make), 1, 2, 4, 5)
+
+
 @pytest.mark.parametrize("span", [2, 4])
 def test_programs_share_the_pixels_out(span):
     """More rows than a strip, more columns than a tile, more channels than a block: each pixel is summed once."""
