@@ -182,6 +182,14 @@ def test_compiled_functions_have_no_second_derivative_and_a_case_no_third():
     assert kernel_timing.possible("eager", double) and not kernel_timing.possible("compiled", double)
 
 
+def test_every_op_has_bytes_and_a_shape_in_every_mode():
+    calls = {call.op: call for call in kernel_shapes.calls({"small": (256, 1024)})}
+    assert {"packed_styles", "modulation", "feature_match"} <= calls.keys()
+    for case in kernel_timing.cases(list(calls.values()), [torch.float16], list(kernel_timing.MODES)):
+        made = bench_kernels.row(case, "hsrgan", kernel_timing.bytes_of(case), 1.0, "toy")
+        assert made["bytes"] > 0 and case.call.name in made["shape"]
+
+
 def test_every_shape_is_compiled_anew(monkeypatch):
     """dynamo would run the ninth shape of a function eagerly, and a rival would be timed under a wrong name."""
     built = []
