@@ -210,7 +210,7 @@ def convolve(x: Tensor, w: Tensor, geometry: Geometry, scale: Tensor | None = No
         return launch_gemm(x, w, geometry.size(x), tile, **_kernel(geometry), scale=scale)[0]
     _, s, p, transposed, left_over = geometry
     x = _scaled(x, scale)
-    with _in_fixed_order():
+    with _as_ours():
         y = torch.ops.aten.convolution(x, w, None, [s] * 2, [p] * 2, [1, 1], transposed, left_over, 1)
     # a GPU's library keeps channels_last; without a device PyTorch forgets it, and a recording would show other kernels
     return torch.empty_like(y, memory_format=torch.channels_last) if y.is_meta and is_nhwc(x) else y
@@ -231,19 +231,22 @@ def _weight_gradient(
     w = torch.empty(g.shape[1], x.shape[1], k, k, dtype=x.dtype, device=x.device, memory_format=layout(x))
     s, p = [stride] * 2, [padding] * 2
     mask = [False, True, False]
-    with _in_fixed_order():
+    with _as_ours():
         return torch.ops.aten.convolution_backward(g, x, w, None, s, p, [1, 1], False, [0, 0], 1, mask)[1]
 
 
 @contextmanager
-def _in_fixed_order() -> Iterator[None]:
-    """Inside cuDNN and MIOpen add up in one order: left alone they may choose an implementation with atomics."""
+def _as_ours() -> Iterator[None]:
+    """Inside cuDNN and MIOpen add up in one order, for which they may otherwise choose an implementation with atomics,
+    and take tf32 where `launch.allow_tf32` says so: PyTorch's own default is to take it.
+    """
     cudnn = torch.backends.cudnn
-    before, cudnn.deterministic = cudnn.deterministic, True
+    before = cudnn.deterministic, cudnn.allow_tf32
+    cudnn.deterministic, cudnn.allow_tf32 = True, launch.tf32_allowed()
     try:
         yield
     finally:
-        cudnn.deterministic = before
+        cudnn.deterministic, cudnn.allow_tf32 = before
 
 
 def _kernel(geometry: Geometry) -> dict[str, object]:

@@ -103,22 +103,28 @@ def network(x, w, style):
     return kernels.bias_act(kernels.conv2d(x, w[1], down=2, f=TAPS), clamp=256)
 
 
-def test_the_library_is_told_to_add_up_in_a_fixed_order():
-    """cuDNN's flag, inside every convolution and gradient of ours, and as it was outside."""
-    seen = []
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_library_is_told_to_add_up_in_a_fixed_order_and_what_tf32_may(tf32):
+    """cuDNN's flags, inside every convolution and gradient of ours, and as they were outside."""
+    seen, cudnn = [], torch.backends.cudnn
 
     class Watching(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
-                seen.append((func._opname, torch.backends.cudnn.deterministic))
+                seen.append((func._opname, cudnn.deterministic, cudnn.allow_tf32))
             return func(*args, **(kwargs or {}))
 
     x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3, requires_grad=True)
-    with Watching():
-        y = kernels.conv2d(x, w)
-        torch.autograd.grad(y, [x, w], torch.ones_like(y))
-    assert sorted(seen) == [("convolution", True)] * 2 + [("convolution_backward", True)]
-    assert torch.backends.cudnn.deterministic is False
+    before = launch.tf32_allowed()
+    launch.allow_tf32(tf32)
+    try:
+        with Watching(), cudnn.flags(enabled=True, allow_tf32=not tf32):
+            y = kernels.conv2d(x, w)
+            torch.autograd.grad(y, [x, w], torch.ones_like(y))
+            assert cudnn.deterministic is False and cudnn.allow_tf32 is not tf32
+    finally:
+        launch.allow_tf32(before)
+    assert sorted(seen) == [("convolution", True, tf32)] * 2 + [("convolution_backward", True, tf32)]
 
 
 @pytest.mark.parametrize("wrt", ["images", "styles"])
