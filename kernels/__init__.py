@@ -8,6 +8,12 @@ from hsrgan.kernels.bias_act import bias_act, bias_act_torch
 from hsrgan.kernels.bias_act_to_rgb import bias_act_to_rgb, bias_act_to_rgb_torch
 from hsrgan.kernels.conv2d import blur_padding, conv2d, conv2d_torch
 from hsrgan.kernels.conv2d_bias_act import conv2d_bias_act, conv2d_bias_act_torch, finishes
+from hsrgan.kernels.conv_input_gradient import (
+    input_gradient,
+    input_gradient_torch,
+    modulated_input_gradient,
+    modulated_input_gradient_torch,
+)
 from hsrgan.kernels.conv_table import use_convolution
 from hsrgan.kernels.conv_wgrad import (
     modulated_weight_gradients,
@@ -56,9 +62,13 @@ __all__ = [
     "finishes",
     "fir_bias_act",
     "fir_bias_act_torch",
+    "input_gradient",
+    "input_gradient_torch",
     "modulated_conv2d",
     "modulated_conv2d_torch",
     "modulated_convolution",
+    "modulated_input_gradient",
+    "modulated_input_gradient_torch",
     "modulated_weight_gradients",
     "modulated_weight_gradients_torch",
     "modulation",
