@@ -28,9 +28,8 @@ from torch.autograd import Function
 
 from hsrgan.kernels import blocks, launch
 from hsrgan.kernels import demodulation_kernels as kernels
+from hsrgan.kernels.demodulation import EPS
 from hsrgan.kernels.tiles import power_of_two
-
-EPS = 1e-8
 
 
 def modulation_triton(
@@ -102,7 +101,7 @@ class _First(Function):
             )  # fmt: skip
         if want[1]:
             gstyle = torch.empty_like(s)
-            _columns(weight, gs, s, gd, d, e, None, None, smax, gstyle, None)
+            _columns(gs, s, gd, d, e, None, None, smax, gstyle, None)
         return gweight, gstyle
 
     @staticmethod
@@ -133,7 +132,7 @@ class _Second(Function):
 
         for_a = made(want[0] and by_w and wmax is not None, weight)
         for_b = made(want[1] and by_s and smax is not None, s)
-        for_g, for_ge = made(want[2], d), made((want[3] or want[5]) and by_w, e)
+        for_g, for_ge = made(want[2], d), made((want[3] or want[5]) and by_w, e)  # 2K, which the columns read
         for_w, for_s = made(want[4] and by_w, weight), made(want[5], s)
         for_d, for_e = made(want[6], d), made(want[7] and by_s, e)
         if any(t is not None for t in (for_a, for_g, for_ge, for_w, for_d, for_e)):
@@ -145,7 +144,7 @@ class _Second(Function):
                 BLOCKS=-(-i // sizes["BI"]), **sizes,
             )  # fmt: skip
         if for_s is not None or for_b is not None:
-            _columns(weight, None, hs, gd, d, e, s if by_w else None, for_ge, smax, for_s, for_b)
+            _columns(None, hs, gd, d, e, s if by_w else None, for_ge, smax, for_s, for_b)
         return for_a, for_b, for_g, for_ge if want[3] else None, for_w, for_s, for_d, for_e
 
     @staticmethod
@@ -164,14 +163,15 @@ def _row_sizes(kernel: str, weight: Tensor, samples: int, shape: str = "") -> di
     }  # fmt: skip
 
 
-def _columns(weight: Tensor, *tensors: Tensor | None) -> None:
-    """tensors: what `kernels.columns` takes."""
-    *_, d, e, _, _, _, _, _ = tensors
-    found, (n, o), i = blocks.sizes("demodulation.columns", weight), d.shape, e.shape[1]
-    bo, bi = min(power_of_two(o), found.pop("outputs")), found.pop("inputs")
-    bn = min(power_of_two(n), found.pop("samples"))
-    grid = (-(-i // bi), -(-n // bn))
-    launch.run(kernels.columns, grid, *tensors, n, o, i, BN=bn, BO=bo, BI=bi, ACC=_acc(weight), **found)
+def _columns(add, p, gd, d, e, q, c, smax, out, divided) -> None:
+    """What `kernels.columns` says of these."""
+    found, (n, o), i = blocks.sizes("demodulation.columns", e), d.shape, e.shape[1]
+    bn, bo = min(power_of_two(n), found.pop("samples")), min(power_of_two(o), found.pop("outputs"))
+    bi = found.pop("inputs")
+    launch.run(
+        kernels.columns, (-(-i // bi), -(-n // bn)), add, p, gd, d, e, q, c, smax, out, divided, n, o, i,
+        BN=bn, BO=bo, BI=bi, ACC=_acc(e), **found,
+    )  # fmt: skip
 
 
 def _acc(weight: Tensor) -> tl.dtype:
