@@ -15,6 +15,7 @@ from hsrgan.kernels.conv_wgrad import (
     weight_gradient,
     weight_gradient_torch,
 )
+from hsrgan.kernels.demodulation import modulation, modulation_torch
 from hsrgan.kernels.feature_match import feature_match, feature_match_torch
 from hsrgan.kernels.fir_chain import bias_act_fir, bias_act_fir_torch, fir_bias_act, fir_bias_act_torch
 from hsrgan.kernels.launch import backend, use_backend
@@ -58,6 +59,8 @@ __all__ = [
     "modulated_convolution",
     "modulated_weight_gradients",
     "modulated_weight_gradients_torch",
+    "modulation",
+    "modulation_torch",
     "to_rgb",
     "to_rgb_torch",
     "upfirdn2d",

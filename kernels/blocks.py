@@ -16,6 +16,10 @@ before the rules. Nothing is tuned at run time: all ranks read the same file.
         (chain: an activation, slope: a second tensor) a pixel is worked on by every thread whose taps reach it: 2.5
         times a column in pairs, 1.75 times in fours, at 8 bytes a thread in half precision. `registers` is what the
         fours or the second tensor ask for on every chip; left alone ptxas spills the resampling.
+    demodulation      outputs, inputs, samples of a tile at most, powers of two; num_warps. 32 values of a weight a
+        thread, padded taps among them: twice as many spill on sm_90. modulate holds all inputs of a layer at once
+        where 512 do, and takes four outputs together where the transposed cast has them side by side. columns: all
+        outputs in few turns, and programs for two samples each, of which a batch of 8 would else give too few.
     feature_match     pixels of a tile, BN, BC, BK at most; columns: of a tile, members: (image, bin column) pairs, the
         width of the product that pools; an ieee product takes ordinary multipliers and whole rows in registers, hence
         so narrow. The weights of a pool program stay on the chip where shared memory holds them beside two tiles of x:

@@ -157,13 +157,19 @@ def wanted(ctx: torch.autograd.function.FunctionCtx) -> list[bool]:
     """Inside a Function's backward: for each input of its forward, will anybody use the gradient?
 
     ctx.needs_input_grad only says which inputs require grad: under R1's and path length's autograd.grad it asks for
-    every weight gradient although the engine throws them away. The engine tells which nodes it will run.
+    every weight gradient although the engine throws them away. The engine tells which nodes it will run. A node may be
+    run for another of its inputs than the one that a result's gradient goes to: a Function that has such results says
+    so in ctx.passes_to, {number of the result: number of its one input, among the tensors}.
     """
-    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
-    return [needed and _will_run(next(nodes)) for needed in ctx.needs_input_grad]
+    nodes = iter([node for node in ctx.next_functions if node[0] is not None])
+    return [needed and _will_run(*next(nodes)) for needed in ctx.needs_input_grad]
 
 
-def _will_run(node: torch.autograd.graph.Node) -> bool:
+def _will_run(node: torch.autograd.graph.Node | None, result: int) -> bool:
+    if node is None:
+        return False
+    if (place := getattr(node, "passes_to", {}).get(result)) is not None:
+        return _will_run(*node.next_functions[place])
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # raised for a leaf that autograd.grad was asked about

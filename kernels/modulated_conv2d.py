@@ -8,56 +8,12 @@ The right-hand form needs no weights per sample: scale the input, one shared con
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import Tail, bias_act_torch
 from hsrgan.kernels.conv2d import check_conv2d, conv2d_torch, convolution, geometry_of
 from hsrgan.kernels.conv2d_bias_act import layer
-
-EPS = 1e-8
-
-
-class _Demodulation(Function):
-    """weight, style → demodulation. Its backward is what autograd would make of the definition, in half as many small
-    launches: every layer of G has one, and a GPU takes as long for it as for a thousand times the work. Made of
-    PyTorch's ops, so any order holds.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, style):
-        energy = weight.square().sum((2, 3))
-        demod = (style.square() @ energy.t() + EPS).rsqrt()
-        ctx.save_for_backward(weight, style, energy, demod)
-        return demod
-
-    @staticmethod
-    def backward(ctx, g):
-        weight, style, energy, demod = ctx.saved_tensors
-        gweight = gstyle = None
-        u = -g * demod**3  # d demod = −demod³ · (Σ w²·s·ds + Σ s²·w·dw)
-        if ctx.needs_input_grad[1]:
-            if torch.is_grad_enabled():  # energy has no graph of its own
-                energy = weight.square().sum((2, 3))
-            gstyle = (u @ energy) * style
-        if ctx.needs_input_grad[0]:
-            gweight = (u.t() @ style.square())[:, :, None, None] * weight
-        return gweight, gstyle
-
-
-def demodulation(weight: Tensor, style: Tensor) -> Tensor:
-    """rsqrt(Σ_{i,k} (w[o,i,k]·s[n,i])² + 1e-8) → [N, Cout]: the sum over the kernel first, then one small product."""
-    return _Demodulation.apply(weight, style)
-
-
-def normalize_for_half(weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and style brought below 1 in magnitude, which demodulation undoes: fp16 then cannot overflow.
-
-    The maxima count as constants: what is undone has no gradient (but that of the 1e-8, which fp32 rounds away).
-    """
-    fan_in = weight[0].numel()
-    weight = weight / (weight.detach().abs().amax((1, 2, 3), keepdim=True) * fan_in**0.5)
-    return weight, style / style.detach().abs().amax(1, keepdim=True)
+from hsrgan.kernels.demodulation import EPS, demodulation, normalize_for_half
 
 
 def modulated_conv2d_torch(

@@ -54,6 +54,8 @@ if __name__ == "__main__":
             leaves = tensors((2, 13, 3, 4), (5, 13, 3, 3), (2, 13))
             y = kernels.modulated_conv2d(*leaves, act="linear")
             torch.autograd.grad(y, leaves, torch.empty_like(y))
+        leaves, x = tensors((1, 1, 3, 3), (1, 1), dtype=torch.float32), torch.empty(1, 1, 1, 1, device="meta").half()
+        differentiated(lambda w, s: tuple(kernels.modulation(w, s, x)[i] for i in (0, 2, 3)), leaves, twice=True)
         of_a_pixel(1, 16, 1, 3)
         of_a_pixel(1, 1, 3, 1)
     rows = [{"built": asdict(built), "error": built.error} for built in builds.build_all(launches, ["sm_90"])]

@@ -11,7 +11,7 @@ from op_inputs import SKEW, TAPS, _one_thread, normal  # noqa: F401  (a fixture)
 from torch.autograd import gradcheck, gradgradcheck
 
 from hsrgan import kernels
-from hsrgan.kernels.modulated_conv2d import demodulation, normalize_for_half
+from hsrgan.kernels.demodulation import demodulation, normalize_for_half
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 

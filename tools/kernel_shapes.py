@@ -37,6 +37,7 @@ class Call:
     constants: tuple[str, ...] = ()
     order: int = 2
     flops: float = 0
+    stand_ins: tuple[int, ...] = ()  # results that have a gradient and no values
     resolution: int = 0  # of the block that the layer belongs to
 
     def make(self, dtype: torch.dtype, device: str = "meta") -> dict[str, Tensor]:
@@ -44,7 +45,8 @@ class Call:
         tensors = {}
         for name, size in self.sizes.items():
             t = torch.randn(size, dtype=dtype if name in self.low else torch.float32, device=device)
-            t = t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+            image = t.ndim == 4 and name != "weight"  # which is kept as PyTorch makes it
+            t = t.contiguous(memory_format=torch.channels_last) if image else t
             tensors[name] = t.requires_grad_(name not in self.constants)
         return tensors
 
@@ -65,11 +67,12 @@ def passes(call: Call, dtype: torch.dtype, device: str = "meta") -> None:
     tensors = call.make(dtype, device)
     leaves = [t for t in tensors.values() if t.requires_grad]
     ys = function(**tensors)
+    ys = [y for y in ys if y.requires_grad]
     torch.autograd.grad(ys, leaves, [torch.empty_like(y) for y in ys])
     if call.order < 2:
         return
     for inner in (leaves[:1], leaves):
-        ys = function(**tensors)
+        ys = [y for y in function(**tensors) if y.requires_grad]
         gs = [torch.empty_like(y).requires_grad_() for y in ys]
         first = torch.autograd.grad(ys, inner, gs, create_graph=True)
         torch.autograd.grad(first, [*leaves, *gs], [torch.empty_like(t) for t in first], allow_unused=True)
@@ -120,6 +123,22 @@ def to_rgb(n: int, c: int, r: int) -> Iterator[Call]:
     if r > 4:
         sizes |= {"image": (n, 3, r // 2, r // 2), "f": (4,)}
     yield Call("toRGB", "to_rgb", sizes, {"clamp": CLAMP}, constants=("f",), flops=2 * 3 * c * n * r * r)
+
+
+def modulation(n: int, c: int, r: int) -> Iterator[Call]:
+    """Of x only dtype and format count. The style comes first: path length wants its gradient differentiated. Below 64
+    channels tiles are those of 64, cut down.
+    """
+    if c < 64:
+        return
+
+    def call(name: str, inputs: int, **options: bool) -> Call:
+        sizes = {"x": (n, inputs, 1, 1), "style": (n, inputs), "weight": (c, inputs, 3, 3)}
+        return Call(name, "modulation", sizes, options, constants=("x",), stand_ins=(0,), flops=2 * n * c * inputs)
+
+    yield call("G conv1, weight", c, normalise=True)
+    if r > 4:
+        yield call("G conv0, weight", min(2 * c, CHANNEL_MAX), transposed=True, normalise=False)
 
 
 def weight_gradient(n: int, c: int, r: int) -> Iterator[Call]:
@@ -198,7 +217,7 @@ def convolution(n: int, c: int, r: int) -> Iterator[Call]:
 
 
 OPS: list[Callable[[int, int, int], Iterator[Call]]] = [
-    bias_act, upfirdn2d, fir_chain, to_rgb, bias_act_to_rgb, convolution, weight_gradient, feature_match,
+    bias_act, upfirdn2d, fir_chain, to_rgb, bias_act_to_rgb, modulation, convolution, weight_gradient, feature_match,
 ]  # fmt: skip
 
 

@@ -72,8 +72,8 @@ def prepare(case: Case, op: Op, tensors: dict[str, Tensor]) -> Callable[[], list
     function = case.call.function(op)
     leaves = [t for t in tensors.values() if t.requires_grad]
     if case.mode == "forward":
-        return lambda: list(function(**tensors))
-    ys = function(**tensors)
+        return lambda: [y for i, y in enumerate(function(**tensors)) if i not in case.call.stand_ins]
+    ys = [y for y in function(**tensors) if y.requires_grad]
     gs = [_like(y, 1) for y in ys]
     if case.mode == "backward":
         return lambda: list(torch.autograd.grad(ys, leaves, gs, retain_graph=True))
@@ -105,13 +105,13 @@ def implementation(provider: str) -> contextlib.AbstractContextManager[None]:
 def bytes_of(case: Case) -> int:
     """What any implementation must move, from the shapes alone."""
     tensors = case.call.make(case.dtype)
-    with torch.no_grad():
-        ys = case.call.function(getattr(kernels, f"{case.call.op}_torch"))(**tensors)  # on meta tensors
-    y = sum(y.nbytes for y in ys)
+    ys = case.call.function(getattr(kernels, f"{case.call.op}_torch"))(**tensors)  # on meta tensors
+    y = sum(y.nbytes for y in ys if y.requires_grad)
     inputs = sum(t.nbytes for t in tensors.values())
     leaves = sum(t.nbytes for t in tensors.values() if t.requires_grad)
     if case.mode == "forward":
-        return inputs + sum(y.nbytes for y in ys if all(y is not t for t in tensors.values()))
+        made = [y for i, y in enumerate(ys) if i not in case.call.stand_ins]
+        return inputs + sum(y.nbytes for y in made if all(y is not t for t in tensors.values()))
     if case.mode == "backward":
         return inputs + y + leaves
     return inputs + y + tensors["x"].nbytes + leaves + y

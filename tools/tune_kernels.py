@@ -73,6 +73,11 @@ PROBES = (
     Probe("to_rgb.gradient", "toRGB", "backward", "gradient"),
     Probe("bias_act_to_rgb.forward", "G layer + toRGB", "forward", "forward"),
     Probe("bias_act_to_rgb.gradient", "G layer + toRGB", "backward", "gradient"),
+    Probe("demodulation.modulate", "G conv1, weight", "forward", "modulate"),
+    Probe("demodulation.modulate", "G conv0, weight", "forward", "modulate"),
+    Probe("demodulation.rows", "G conv1, weight", "backward", "rows"),
+    Probe("demodulation.columns", "G conv1, weight", "backward", "columns"),
+    Probe("demodulation.second", "G conv1, weight", "double", "second_rows"),
     Probe("feature_match.tiles", "HSR, mse", "forward", "pool_kernel"),
     Probe("feature_match.pool", "HSR, mse", "forward", "pool_kernel"),
     Probe("feature_match.dx", "HSR, mse", "backward", "dx_kernel"),
@@ -141,7 +146,9 @@ def candidates(row: Row) -> list[Row]:
     for name, value in row.sizes:
         near = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         limits = {"num_warps": (1, 8), "num_stages": (1, 4), "unroll": (1, 4), "rows": (2, 64), "BR": (1, 64)}
-        limits["span"] = (2, 4)
+        limits |= {"span": (2, 4), "samples": (1, 16)}
+        if row.kernel.startswith("demodulation.") and row.kernel != "demodulation.columns":
+            limits |= {"outputs": (1, 8), "inputs": (64, 512)}
         least, most = limits.get(name, (1, 8192) if name in ("elements", "values") else (16, 256))
         if name == "registers":
             continue
