@@ -102,17 +102,26 @@ def after(x: Tensor, weight: Tensor, up: int, f: Tensor | None) -> Tensor:
     return upsample2d(x, f) if weight.shape[-1] == 1 else upfirdn2d(x, f, padding=transposed_padding(f), gain=4)
 
 
-def convolution(x: Tensor, weight: Tensor, geometry: Geometry, style: Tensor | None = None) -> Tensor:
-    """weight [Cout, Cin, k, k] ⋆ (x·style), style [N, Cin]: what is left of `conv2d` without the FIR."""
+def convolution(
+    x: Tensor, weight: Tensor, geometry: Geometry, style: Tensor | None = None,
+    pair: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """weight [Cout, Cin, k, k] ⋆ (x·style), style [N, Cin]: what is left of `conv2d` without the FIR.
+
+    pair: the weight as `Convolution` takes it, what its gradient goes to and the cast, where they are there already.
+    """
     tile = tile_of(x, len(weight), geometry, fused=style is not None)
     if tile is None and style is not None:
         # not inside the library's op: both of its gradients then come out of one pass over memory
         x, style = bias_act(x, demod=style, act="linear"), None
     if tile is None and geometry.k == 1 and x.is_contiguous(memory_format=torch.channels_last):
         # a matrix product, up to twice as fast; its gradients are too
+        weight = weight if pair is None else pair[0]
         return F.linear(x.permute(0, 2, 3, 1), weight.to(x.dtype).flatten(1)).permute(0, 3, 1, 2)
-    weight = weight.transpose(0, 1) if geometry.transposed else weight
-    return Convolution.apply(x, weight, style, cast(weight, x), geometry)
+    if pair is None:
+        weight = weight.transpose(0, 1) if geometry.transposed else weight
+        pair = weight, cast(weight, x)
+    return Convolution.apply(x, pair[0], style, pair[1], geometry)
 
 
 def transposed_padding(f: Tensor) -> tuple[int, int, int, int]:

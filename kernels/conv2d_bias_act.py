@@ -79,12 +79,14 @@ def layer(
     up: int = 1,
     down: int = 1,
     f: Tensor | None,
+    pair: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """One layer of either network behind the FIR of down = 2, if any: of x·style, with its tail."""
+    """One layer of either network behind the FIR of down = 2, if any: of x·style, with its tail. pair: as for
+    `convolution`."""
     geometry = geometry_of(weight, up, down)
     if up == 1 and tail.told_by_y and tile_of(x, len(weight), geometry, fused=True) is not None:
-        return _fused(x, weight, style, tail, geometry)
-    x = convolution(x, weight, geometry, style)
+        return _fused(x, pair or (weight, cast(weight, x)), style, tail, geometry)
+    x = convolution(x, weight, geometry, style, pair)
     if up == 2 and weight.shape[-1] == 3 and tail.residual is None:
         return fir_bias_act(
             x, f, tail.bias, padding=transposed_padding(f), gain=4, demod=tail.demod, noise=tail.noise,
@@ -93,11 +95,13 @@ def layer(
     return bias_act(after(x, weight, up, f), **tail._asdict())
 
 
-def _fused(x: Tensor, weight: Tensor, style: Tensor | None, tail: Tail, geometry: Geometry) -> Tensor:
+def _fused(
+    x: Tensor, pair: tuple[Tensor, Tensor], style: Tensor | None, tail: Tail, geometry: Geometry
+) -> Tensor:  # fmt: skip
     """`layer` in one pass over memory, forward."""
     from hsrgan.kernels.bias_act_triton import Finished
     from hsrgan.kernels.pointwise_triton import chain_of
 
-    tail.check(x.new_empty(()).expand(len(x), len(weight), *geometry.size(x)))
-    stand_in, y, z = Convolution.apply(x, weight, style, cast(weight, x), geometry, tail)
+    tail.check(x.new_empty(()).expand(len(x), len(pair[1]), *geometry.size(x)))
+    stand_in, y, z = Convolution.apply(x, pair[0], style, pair[1], geometry, tail)
     return Finished.apply(stand_in, y, *tail.operands, tail.residual, z, chain_of(tail, x.dtype))

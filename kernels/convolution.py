@@ -7,13 +7,13 @@
 Every derivative of one is made of these three, so that any order holds; gradients that nobody will use are not
 computed. Which implementation runs is asked for each of them by `conv_table`, by its own shape.
 
-The weight comes as a pair: the parameter, to which the gradient goes in its own precision, and its `cast` in the dtype
-and layout of the activations, made once and shared by every pass: forward, gradients, R1's and path length's second
-derivative. A phase uses a weight once a round, for fakes and reals together, so that this and fp16's normalisation are
-once a phase and round (tests/test_precision.py counts). Nothing is kept from one phase to the next, where some weights
-are the same still: to cast and normalise FFHQ-1024's 4.9 million half-precision weights once more moves about 0.1 GB,
-20 µs of an H200's memory in a step of 85 ms at least (`python tools/bench_train.py --model ffhq1024`), and a weight
-that is kept can go stale.
+The weight comes as a pair: the parameter (of a modulated one what stands for it, `demodulation`), to which the gradient
+goes in its own precision, and its `cast` in the dtype and layout of the activations, made once and shared by every
+pass: forward, gradients, R1's and path length's second derivative. A phase uses a weight once a round, for fakes and
+reals together, so that this and fp16's normalisation are once a phase and round (tests/test_precision.py counts).
+Nothing is kept from one phase to the next, where some weights are the same still: to cast and normalise FFHQ-1024's 4.9
+million half-precision weights once more moves about 0.1 GB, 20 µs of an H200's memory in a step of 85 ms at least
+(`python tools/bench_train.py --model ffhq1024`), and a weight that is kept can go stale.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import Tail, bias_act_torch
 from hsrgan.kernels.conv2d import check_conv2d, conv2d_torch, convolution, geometry_of
 from hsrgan.kernels.conv2d_bias_act import layer
-from hsrgan.kernels.demodulation import EPS, demodulation, normalize_for_half
+from hsrgan.kernels.demodulation import EPS, Modulation, modulation, modulation_torch, normalize_for_half
 
 
 def modulated_conv2d_torch(
@@ -63,9 +63,10 @@ def modulated_conv2d(
     Differentiable in every tensor but f, twice in Triton, any number of times in PyTorch.
     """
     check_conv2d(x, weight, up, 1, f)
-    weight, style, demod = _normalized(x, weight, style, demodulate)
+    ready = _ready(x, weight, style, up, demodulate)
+    style, demod = (style, None) if ready is None else ready[2:]
     tail = Tail(bias, demod, noise, strength, act, gain=gain, clamp=clamp)
-    return layer(x, weight, style, tail, up=up, f=f)
+    return layer(x, weight, style, tail, up=up, f=f, pair=ready and ready[:2])
 
 
 def modulated_convolution(
@@ -76,14 +77,19 @@ def modulated_convolution(
     For an op that does more in the pass of the tail than the tail. Arguments and derivatives as of `modulated_conv2d`.
     """
     check_conv2d(x, weight, 1, 1, None)
-    weight, style, demod = _normalized(x, weight, style, demodulate)
-    return convolution(x, weight, geometry_of(weight, 1, 1), style), demod
+    ready, geometry = _ready(x, weight, style, 1, demodulate), geometry_of(weight, 1, 1)
+    if ready is None:
+        return convolution(x, weight, geometry, style), None
+    return convolution(x, weight, geometry, ready.style, ready[:2]), ready.demod
 
 
-def _normalized(x: Tensor, weight: Tensor, style: Tensor, demodulate: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _ready(x: Tensor, weight: Tensor, style: Tensor, up: int, demodulate: bool) -> Modulation | None:
     """Weight and style as they meet x, and the demodulation."""
     launch.check_shape(style, "style", *x.shape[:2])
     launch.check_devices(x, style=style)
-    if demodulate and x.dtype == torch.float16:
-        weight, style = normalize_for_half(weight, style)
-    return weight, style, demodulation(weight, style) if demodulate else None
+    if not demodulate:
+        return None
+    transposed = geometry_of(weight, up, 1).transposed
+    # 1×1 may become a plain product, which reads the values of what its gradient goes to
+    prepare = modulation if weight.shape[-1] > 1 else modulation_torch
+    return prepare(weight, style, x, transposed=transposed)

@@ -122,7 +122,7 @@ def test_a_weight_is_cast_once_for_a_forward_pass_a_penalty_and_its_gradient(lay
         upstream = torch.empty_like(y).requires_grad_()
         (g,) = torch.autograd.grad(y, style if layer.startswith("G") else x, upstream, create_graph=True)
         torch.autograd.grad(g, [weight, upstream], torch.empty_like(g))
-    assert seen.casts == 1
+    assert seen.casts + sum(run.kernel.__name__ == "modulate" for run in launches) == 1
     gemms = sum(run.kernel.__name__ == "conv_gemm" for run in launches)
     assert (gemms == 0, seen.convolutions == 0) == (implementation == "library", implementation == "gemm")
     assert gemms + seen.convolutions >= 3  # forward, inner gradient, and the penalty's
@@ -132,8 +132,8 @@ def test_a_weight_is_cast_once_for_a_forward_pass_a_penalty_and_its_gradient(lay
 @pytest.mark.parametrize(
     ("op", "expected"),
     [
-        ("modulated_conv2d", {"conv_gemm": 1}),
-        ("modulated_conv2d up", {"conv_gemm": 1, "fir4": 1}),
+        ("modulated_conv2d", {"modulate": 1, "conv_gemm": 1}),
+        ("modulated_conv2d up", {"modulate": 1, "conv_gemm": 1, "fir4": 1}),
         ("conv2d_bias_act", {"conv_gemm": 1}),
         ("conv2d_bias_act residual", {"conv_gemm": 1}),
     ],
@@ -202,13 +202,13 @@ def test_a_layer_of_g_on_the_gemm_has_its_next_one_there(base):
 
 
 def test_gradients_of_a_fused_layer_take_one_pass_over_the_activations_each():
-    """bias_act's gradient, then the GEMM that gives the gradients of x and of the style together."""
+    """bias_act's gradient, then the GEMM that gives the gradients of x and of the scale together, and the style's."""
     x, weight, style, bias = meta(2, 16, 4, 4), meta(16, 16, 3, 3), meta(2, 16), meta(16)
     with use_convolution("gemm"), launch.record() as launches:
         y = kernels.modulated_conv2d(x, weight, style, bias=bias, clamp=1.0)
         launches.clear()
         torch.autograd.grad(y, [x, style, bias], torch.empty_like(y))
-    assert [run.kernel.__name__ for run in launches] == ["first", "conv_gemm"]
+    assert [run.kernel.__name__ for run in launches] == ["first", "conv_gemm", "columns"]
 
 
 @pytest.mark.parametrize(

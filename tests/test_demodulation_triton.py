@@ -1,10 +1,12 @@
-"""modulation in Triton: the op contract with and without fp16's normalisation, and its launches."""
+"""modulation in Triton: the op contract with and without fp16's normalisation, its launches, whole layers."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import OpCase, assert_equal, truth_and_op
-from op_inputs import _one_thread, normal  # noqa: F401  (a fixture)
+from op_inputs import TAPS, _one_thread, normal  # noqa: F401  (a fixture)
 from opcheck import CHECKS, check
 from watched import watched
 
@@ -143,6 +145,23 @@ def test_one_launch_forward_two_for_the_gradients_two_for_theirs():
     assert twice == ["second_rows", "columns", "rows", "columns"]
 
 
+@pytest.mark.parametrize("up", [1, 2])
+def test_path_length_asks_for_no_weight_gradient(up):
+    """Although the node that the weight's gradient goes to is run, for the style's sake."""
+    x, weight, style = meta(2, 8, 4, 4), meta(8, 8, 3, 3), meta(2, 8)
+    products = []
+    with launch.record() as launches, kernels.use_convolution("gemm"):
+        y = kernels.modulated_conv2d(x, weight, style, up=up, f=TAPS.to("meta"))
+        forward = len(launches)
+        torch.autograd.grad(y, style, torch.empty_like(y), create_graph=True)
+        products = [each.kernel.__name__ for each in launches[forward:]]
+        assert "conv_gemm" in products and "wgrad_kernel" not in products and "rows" not in products
+        torch.autograd.grad(
+            kernels.modulated_conv2d(x, weight, style, up=up, f=TAPS.to("meta")), weight, torch.empty_like(y)
+        )
+    assert [each.kernel.__name__ for each in launches].count("wgrad_kernel") == 1
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_frozen_weight_or_style(which):
     """No gradient is asked for, nor made, on either side of what stands for them."""
@@ -151,6 +170,37 @@ def test_frozen_weight_or_style(which):
     with launch.record():
         ready = kernels.modulation(weight, style, x)
     assert (ready.graph.requires_grad, ready.style.requires_grad) == (weight.requires_grad, style.requires_grad)
+
+
+@pytest.mark.parametrize("up", [1, 2])
+@pytest.mark.parametrize("convolution", ["library", "gemm"])
+def test_a_layer_with_path_length(convolution, up):
+    """Two layers of fp64, and the derivative of the style gradient's length by all of it."""
+
+    def op(operation):
+        def function(x, weight, style, bias):
+            return operation(x, weight, style, up=up, f=TAPS, bias=bias, clamp=2.0)
+
+        return function
+
+    def make(n, c, h, w):
+        return normal(n, c, h, w), normal(c + 1, c, 3, 3), normal(n, c), normal(c + 1)
+
+    one = replace(CONTRACT, op=op(kernels.modulated_conv2d), op_torch=op(kernels.modulated_conv2d_torch), make=make)
+    with kernels.use_convolution(convolution):
+        same(one, 2, 3, 2, 3)
+
+
+@pytest.mark.parametrize("demodulate", [False, True])
+def test_a_product_reads_the_values_of_its_weight(demodulate):
+    """1×1 in channels_last, on the library: F.linear. fp16 would show a weight that is not normalised by its size."""
+    x, weight, style = torch.randn(2, 3, 2, 2).half(), torch.randn(4, 3, 1, 1) * 1e5, torch.randn(2, 3)
+    x, style = x.contiguous(memory_format=torch.channels_last), style if demodulate else style * 1e-5
+    weight = weight if demodulate else weight * 1e-5
+    truth = kernels.modulated_conv2d_torch(x.double(), weight.double(), style.double(), demodulate=demodulate)
+    with watched(), kernels.use_convolution("library"):
+        y = kernels.modulated_conv2d(x, weight, style, demodulate=demodulate)
+    assert (y.double() - truth).norm() <= 5e-3 * truth.norm()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
