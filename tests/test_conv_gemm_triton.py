@@ -148,12 +148,12 @@ def same(one, *size, order=2):
 
 OPS = {
     "conv2d-1x1-up": conv2d(1, up=2),
-    "conv2d-1x1-down": conv2d(1, down=2),
+    "conv2d-1x1-down": conv2d(1, down=2, weight_gain=0.5),
     "conv2d-5x5": conv2d(5),
-    "conv2d-up": conv2d(3, up=2),
+    "conv2d-up": conv2d(3, up=2, weight_gain=0.5),
     "conv2d-down": conv2d(3, down=2),
     "conv2d_bias_act-down": layer(down=2, clamp=1.5),
-    "conv2d_bias_act-down-residual": layer(down=2, residual=True, gain=0.7, clamp=1.5),
+    "conv2d_bias_act-down-residual": layer(down=2, residual=True, gain=0.7, clamp=1.5, weight_gain=0.5),
     "modulated_conv2d-up": modulated(up=2, clamp=1.5),
 }
 

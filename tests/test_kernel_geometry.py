@@ -194,3 +194,19 @@ def test_the_library_is_given_both_in_one_memory_format():
             y = kernels.conv2d(x, torch.randn(4, 3, 3, 3))
             torch.autograd.grad(y, x, torch.ones(y.shape).to(memory_format=other))
     assert seen == [[True, True]] * 2 + [[False, False]] * 2
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("sampling", [{}, {"up": 2}, {"down": 2}], ids=str)
+def test_weight_gain_is_a_weight_that_was_scaled(sampling, k, memory_format):
+    """On the library: values, and both derivatives, as an R1 penalty takes them."""
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    w = torch.randn(4, 3, k, k, dtype=torch.float64, requires_grad=True)
+    found = []
+    for y in (kernels.conv2d(x, w, f=TAPS.double(), weight_gain=0.25, **sampling),
+              kernels.conv2d(x, w * 0.25, f=TAPS.double(), **sampling)):  # fmt: skip
+        gx, gw = torch.autograd.grad(y.square().sum(), [x, w], create_graph=True)
+        found.append([y, gx, gw, *torch.autograd.grad(gx.square().sum() + gw.square().sum(), [x, w])])
+    for one, true in zip(*found, strict=True):
+        torch.testing.assert_close(one, true, rtol=1e-10, atol=1e-10)
