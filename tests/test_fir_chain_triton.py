@@ -168,6 +168,21 @@ def test_some_gradients_beside_that_of_next_style(wanted):
     same(STYLED, 1, 3, 4, 5, wanted=wanted)
 
 
+@pytest.mark.parametrize("case", [BEHIND, STYLED, BEFORE], ids=["behind", "styled", "before"])
+def test_a_penalty_whose_result_is_read_again(case):
+    """As in path length: the next layer's gradient reads what this one wrote, and so does its derivative."""
+    found = []
+    for op in (case.op_torch, case.op):
+        tensors = [t.requires_grad_(i not in case.constants) for i, t in enumerate(case.tensors((1, 3, 4, 5)))]
+        free = [t for t in tensors if t.requires_grad]
+        with kernels.use_backend("triton"):
+            y = op(*tensors)
+            first = torch.autograd.grad(y.pow(3).sum(), free, create_graph=True)
+            found.append(torch.autograd.grad(sum(t.square().sum() for t in first), free))
+    for one, true in zip(*found, strict=True):
+        torch.testing.assert_close(one, true, rtol=1e-9, atol=1e-9)
+
+
 def test_noise_may_want_a_gradient():
     case = behind(clamp=0.75)
     same(case, 1, 2, 4, 3, wanted=range(5))
