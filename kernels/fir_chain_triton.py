@@ -120,8 +120,9 @@ class _FirBiasAct(Function):
         total = dict(zip(sums, totals, strict=True))
         if want_style:
             gstyle = total["style" if "style" in total else "product"]
-        if style is not None:  # a style, constant over pixels, may meet the sums after them
-            total = {name: t * style for name, t in total.items() if name != "style"}
+        total.pop("style", None)
+        if style is not None and total:  # a style, constant over pixels, may meet the sums after them
+            total = dict(zip(total, torch._foreach_mul([*total.values()], [style] * len(total)), strict=True))
         gbias = gdemod = gstrength = None
         if want_bias:
             gbias = total["v"].sum(0).to(bias.dtype)
