@@ -67,9 +67,8 @@ class _FeatureMatch(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @launch.once_differentiable("feature_match")
     def backward(ctx, g):
-        if torch.is_grad_enabled():  # create_graph=True: a penalty on these gradients would read zero
-            raise RuntimeError("feature_match is differentiable once only; leave it out of autograd.grad(create_graph)")
         return *(None if t is None else t * g for t in ctx.saved_tensors), None, None
 
 

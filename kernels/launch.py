@@ -189,36 +189,25 @@ def wants_gradient(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad and torch.is_grad_enabled()
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a Function's backward that has no derivative of its own: differentiating its results raises.
+def once_differentiable(op: str) -> Callable[..., Any]:
+    """Decorator of a Function's backward that has no derivative of its own: it raises where one could be asked for,
+    under create_graph=True.
 
     PyTorch's decorator of this name raises only if an incoming gradient requires grad and the engine walks to the end
     of the graph. Under autograd.grad(y.sum(), x, create_graph=True), or with autograd.grad for the penalty too, its
-    results count as constants and the penalty's gradient is a silent zero. Here they depend on all that was saved.
+    results count as constants and the penalty's gradient is a silent zero.
     """
 
-    @functools.wraps(backward)
-    def wrapper(ctx, *gradients):
-        with torch.no_grad():
-            results = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():  # nobody asked for create_graph
-            return results
-        results = results if isinstance(results, tuple) else (results,)
-        found = [t for t in results if t is not None]
-        marked = iter(_Refusal.apply(len(found), *found, *ctx.saved_tensors, *gradients))
-        return tuple(None if t is None else next(marked) for t in results)
+    def decorator(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx, *gradients):
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"{op} is differentiable once only; leave it out of autograd.grad(create_graph)")
+            return backward(ctx, *gradients)
 
-    return wrapper
+        return wrapper
 
-
-class _Refusal(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tuple(t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError("this gradient has no derivative: the docstring of the op says how often it can be taken")
+    return decorator
 
 
 def check(ok: bool, message: str) -> None:

@@ -148,7 +148,7 @@ class _Gradient(torch.autograd.Function):
         return _launch_backward(x, scale, g, None, None, broken)[:2]
 
     @staticmethod
-    @launch.once_differentiable
+    @launch.once_differentiable("the gradient of scaled_square")
     def backward(ctx, v, u):
         return *_launch_backward(*ctx.saved_tensors, v, u, ctx.broken), None
 
