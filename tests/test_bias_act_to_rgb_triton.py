@@ -175,6 +175,7 @@ def test_one_launch_forward_and_one_for_all_gradients():
         ("^clamp must be positive", {"clamp": 0.0}),
         ("rgb_clamp must be positive", {"rgb_clamp": 0.0}),
         ("demod must have shape", {"demod": torch.zeros(2, 6)}),
+        ("next_style must have shape", {"next_style": torch.zeros(5)}),
         ("noise must have shape", {"noise": torch.zeros(2, 1, 4, 8)}),
         ("strength needs noise", {"strength": torch.zeros(1)}),
         ("image must be .* pixels", {"image": torch.zeros(2, 3, 3, 3)}),
