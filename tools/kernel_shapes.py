@@ -164,7 +164,7 @@ def weight_gradient(n: int, c: int, r: int) -> Iterator[Call]:
 def bias_act_to_rgb(n: int, c: int, r: int) -> Iterator[Call]:
     sizes = {"x": (n, c, r, r), "weight": (3, c, 1, 1), "style": (n, c), "bias": (c,), "rgb_bias": (3,)}
     sizes |= {"demod": (n, c), "noise": (n, 1, r, r), "strength": (1,)}
-    if r < 512:  # above, the next conv0 has its style from its own kernel (kernels/conv_table.py)
+    if c > 64:  # fewer have the top, and what a conv0 reads that takes its style itself (kernels/conv_table.py)
         sizes["next_style"] = (n, c)
     constants = ("noise",)
     if r > 4:
