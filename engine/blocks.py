@@ -8,12 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hsrgan.engine.layers import Conv, Linear, SynthesisLayer, ToRGB, append_minibatch_std, register_filter
-from hsrgan.kernels import downsample2d, downsample2d_branch, prepared
+from hsrgan.kernels import Modulation, downsample2d, downsample2d_branch, finishes, prepared
+
+
+class Features(NamedTuple):
+    """What a block of G hands to the next, whose conv0 reads `styled` where it has made its weight `ready` before."""
+
+    x: Tensor
+    styled: Tensor | None = None  # x·ready.style
+    ready: Modulation | None = None
 
 
 class SynthesisBlock(nn.Module):
@@ -59,31 +68,56 @@ class SynthesisBlock(nn.Module):
         """The layers that take a style, in order."""
         return self.layers if self.torgb is None else [*self.layers, self.torgb]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.half_dtype or self.conv1.weight.dtype
+
     def forward(
-        self, x: Tensor | None, image: Tensor | None, styles: Sequence[Tensor], noises: Sequence[Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        """x [N, in, h/2, w/2], image [N, C, h/2, w/2] → both h×w. styles: of each convolution, then toRGB's."""
-        dtype = self.half_dtype or self.conv1.weight.dtype
-        residual = ready = None
-        if x is None:
+        self,
+        below: Features | None,
+        image: Tensor | None,
+        styles: Sequence[Tensor],
+        noises: Sequence[Tensor | None],
+        above: tuple[SynthesisBlock, Tensor] | None = None,
+    ) -> tuple[Features, Tensor | None]:
+        """Features [N, in, h/2, w/2], image [N, C, h/2, w/2] → both h×w. styles: of each convolution, then toRGB's.
+        above: the next block and the style of its conv0."""
+        dtype = self.dtype
+        residual = ready = following = None
+        if below is None:
             n = styles[0].shape[0]  # len() would fix the batch of an exported graph
             x = self.const.to(dtype).expand(n, -1, -1, -1).contiguous(memory_format=torch.channels_last)
         else:
-            x = x.to(dtype)
+            x = below.x.to(dtype) if below.ready is None else below.styled
             residual = None if self.skip is None else self.skip(x)
             # conv1 alone reads what conv0 writes: its style can be multiplied in before
             ready = prepared(x, self.conv1.weight, styles[1], self.size)
-            x = self.conv0(x, styles[0], noises[0], next_style=None if ready is None else ready.style)
+            next_style = None if ready is None else ready.style
+            x = self.conv0(x, styles[0], noises[0], next_style=next_style, ready=below.ready)
         style = styles[len(self.layers) - 1]
         if self.torgb is not None and self.skip is None:  # both read what conv1 writes: one pass
-            torgb = partial(self.torgb, style=styles[-1], image=image, taps=self.taps)
-            return self.conv1(x, style, noises[-1], torgb, ready=ready)
+            if above is not None and not finishes(x, self.conv1.weight):
+                following = above[0].prepared(x, above[1], self.size)
+            next_style = None if following is None else following.style
+            torgb = partial(self.torgb, style=styles[-1], image=image, taps=self.taps, next_style=next_style)
+            x, image, *styled = self.conv1(x, style, noises[-1], torgb, ready=ready)
+            return Features(x, *styled, following) if styled else Features(x), image
         x = self.conv1(x, style, noises[-1], ready=ready)
         if residual is not None:
             x = x + residual
         if self.torgb is not None:
             image = self.torgb(x, styles[-1], image, self.taps)
-        return x, image
+        return Features(x), image
+
+    def prepared(self, x: Tensor, style: Tensor, size: tuple[int, int]) -> Modulation | None:
+        """`kernels.prepared` of conv0, for the block below: conv0 and toRGB read what it makes of x in one pass.
+
+        None also where the dtype changes between the blocks, or `skip` reads the features too.
+        """
+        if self.skip is not None or self.dtype != x.dtype:
+            return None
+        return prepared(x, self.conv0.weight, style, size, up=2)
 
 
 class DiscriminatorBlock(nn.Module):

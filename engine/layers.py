@@ -171,14 +171,14 @@ class SynthesisLayer(nn.Module):
 
     def forward(
         self, x: Tensor, style: Tensor, noise: Tensor | None,
-        torgb: Callable[..., tuple[Tensor, Tensor]] | None = None, *, next_style: Tensor | None = None,
+        torgb: Callable[..., tuple[Tensor, ...]] | None = None, *, next_style: Tensor | None = None,
         ready: Modulation | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
         """style: of this layer's `affine`; noise [N, 1, h·up, w·up] or None for none; next_style: what the result is
         multiplied with, ready: of `kernels.prepared`, where x has been multiplied so.
 
         torgb: a `ToRGB` that takes what the convolution returns and ends this layer in its own pass over memory; its
-        (features, image) are returned. Of a layer that keeps the size.
+        results are returned, features and image first. Of a layer that keeps the size.
         """
         strength = None if noise is None else self.noise_strength
         tail = {
@@ -216,18 +216,20 @@ class ToRGB(nn.Module):
         self.clamp = clamp
 
     def forward(
-        self, x: Tensor, style: Tensor, image: Tensor | None, taps: Tensor, tail: dict[str, Any] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self, x: Tensor, style: Tensor, image: Tensor | None, taps: Tensor, tail: dict[str, Any] | None = None,
+        next_style: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
         """x [N, in, h, w], style [N, in], image [N, C, h/2, w/2] fp32 or None → image [N, C, h, w] fp32.
 
         style: of this layer's `affine`, times `style_gain`. tail: operands of the `bias_act` that is to make the
-        features of x first → (features, image).
+        features of x first → (features, image), and features·next_style where that is given.
         """
         if tail is None:
             return to_rgb(x, self.weight, style, self.bias, clamp=self.clamp, image=image, f=taps)
         return bias_act_to_rgb(
-            x, self.weight, style, rgb_bias=self.bias, rgb_clamp=self.clamp, image=image, f=taps, **tail
-        )
+            x, self.weight, style, rgb_bias=self.bias, rgb_clamp=self.clamp, image=image, f=taps,
+            next_style=next_style, **tail,
+        )  # fmt: skip
 
 
 def append_minibatch_std(x: Tensor, group_size: int, parts: int = 1) -> Tensor:

@@ -170,14 +170,16 @@ class Synthesis(nn.Module):
             raise ValueError(f"return_features has {unknown}, but the blocks are at {self.resolutions}")
         dtype = self.b4.const.dtype
         noises = self._noises(ws.shape[0], noise, noise_mode, ws.device, dtype)
-        x = image = None
+        below = image = None
         features = {}
-        styled, noises = iter(self._styles(ws.to(dtype))), iter(noises)
-        for r in self.resolutions:
-            block = getattr(self, f"b{r}")
-            x, image = block(x, image, [next(styled) for _ in block.styled], [next(noises) for _ in block.layers])
+        each, noises = iter(self._styles(ws.to(dtype))), iter(noises)
+        blocks = [getattr(self, f"b{r}") for r in self.resolutions]
+        styles = [[next(each) for _ in block.styled] for block in blocks]
+        above = [*((block, own[0]) for block, own in zip(blocks[1:], styles[1:], strict=True)), None]
+        for r, block, own, higher in zip(self.resolutions, blocks, styles, above, strict=True):
+            below, image = block(below, image, own, [next(noises) for _ in block.layers], higher)
             if r in return_features:
-                features[r] = x.to(dtype)
+                features[r] = below.x.to(dtype)
         return (image, features) if return_features else image
 
     def _styles(self, ws: Tensor) -> tuple[Tensor, ...]:

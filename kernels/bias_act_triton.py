@@ -211,6 +211,28 @@ class Second(Function):
         raise RuntimeError("bias_act has two derivatives in Triton; a third needs HSRGAN_BACKEND=torch")
 
 
+def times_style(g: Tensor, y: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+    """g·style, and Σ g·y over pixels [N, C]: the gradients of y·style, in one pass."""
+    want = [True, False, True, *[False] * 3]
+    gy, _, gstyle, *_ = First.apply(g, y, None, style, None, None, None, _product(y), want, None)
+    return gy, gstyle
+
+
+def times_style_second(
+    g: Tensor, y: Tensor, style: Tensor, hy: Tensor | None, hstyle: Tensor | None, want: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of g, y and style, where wanted, from the cotangents of what `times_style` gives."""
+    cotangents, (want_g, want_y, want_style) = (hy, None, hstyle, None, None, None), want
+    wanted = [want_g, want_y, False, want_style, False, False, False]
+    gg, gy, _, gstyle, *_ = second((g, y, None, style, None, None, None), cotangents, _product(y), wanted)
+    return gg, gy, gstyle
+
+
+def _product(y: Tensor) -> Chain:
+    """The chain of y·style, the style in the place of a demodulation."""
+    return Chain(chain_of(Tail(act="linear"), y.dtype), False, y.shape, y.stride())
+
+
 class _Plan:
     """The tiles of one launch, and the memory of its sums."""
 

@@ -9,7 +9,9 @@ before the rules. Nothing is tuned at run time: all ranks read the same file.
         operand and of every running sum: launches that keep several sums (bias_act.sums, the gradients of toRGB)
         have the smaller tile. toRGB forward has 32 in half precision, and 64 alone, as what it does once a pixel costs
         as much as the channels; 16 at most where its sums outlast a block of channels (tiles.tile_of_sums). On sm_90
-        that is 24 to 91 registers without such sums, 126 with, up to 96 with bias_act's four, 161 with toRGB's own.
+        that is 24 to 91 registers without such sums, 126 with, up to 96 with bias_act's four, 193 with toRGB's own and
+        the next style's: in half precision held to 168, so that three blocks share a multiprocessor, not two (on
+        sm_100 that spills).
     fir4, upfirdn2d     values a thread holds of a row; span: columns of a blur that it makes side by side; unroll: rows
         in flight; rows a program makes, at most (3 more are read); num_warps at most. Without work at the taps (blur,
         resample; source, tangent, join: more tensors behind the FIR) 16 bytes a thread and pairs of columns. With it

@@ -31,7 +31,7 @@ from torch.autograd import Function
 
 from hsrgan.kernels import launch
 from hsrgan.kernels.bias_act import Tail
-from hsrgan.kernels.bias_act_triton import Chain, First
+from hsrgan.kernels.bias_act_triton import times_style
 from hsrgan.kernels.fir4_triton import Sides, centre, empty, is_nhwc, launch_fir4
 from hsrgan.kernels.pointwise_triton import chain_of
 
@@ -104,7 +104,7 @@ class _FirBiasAct(Function):
         gstyle = None
         if gy is not None:  # the outer pass of a penalty: two gradients come together
             if g is not None:
-                g, gstyle = _times_style(g, y, style)
+                g, gstyle = times_style(g, y, style)
             g, style, want_style = gy if g is None else g + gy, None, False
         if g is None:
             return (None,) * 8
@@ -139,13 +139,6 @@ class _FirBiasAct(Function):
             gdemod = (gdemod / demod).to(demod.dtype)
         gstyle = None if gstyle is None else gstyle.to(ctx.saved_tensors[6].dtype)
         return gx if want_x else None, None, gbias, gdemod, None, gstrength, gstyle, None
-
-
-def _times_style(g: Tensor, y: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
-    """g·style, and Σ g·y over pixels [N, C]: the gradients of y·style, in one pass."""
-    chain = Chain(chain_of(Tail(act="linear"), y.dtype), False, y.shape, y.stride())
-    gy, _, gstyle, *_ = First.apply(g, y, None, style, None, None, None, chain, [True, False, True, *[False] * 3], None)
-    return gy, gstyle
 
 
 class _Gradient(Function):

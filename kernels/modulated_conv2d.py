@@ -88,16 +88,16 @@ def modulated_convolution(
     return convolution(x, weight, geometry_of(weight, 1, 1), style, pair=pair), demod
 
 
-def prepared(x: Tensor, weight: Tensor, style: Tensor, size: tuple[int, int]) -> Modulation | None:
-    """Of a layer that keeps its size, and alone reads what another makes of x [N, C, *size]: its modulation, where the
-    other is to multiply the style in, as its `next_style`. None: the layer does that for nothing, in its own kernel, or
-    (in plain PyTorch) in a pass that costs the same.
+def prepared(x: Tensor, weight: Tensor, style: Tensor, size: tuple[int, int], *, up: int = 1) -> Modulation | None:
+    """Of a layer that reads what another makes of x, in [N, C, *size]: its modulation, where the other is to multiply
+    the style in, as its `next_style`. None: the layer does that for nothing, in its own kernel, or (in plain PyTorch)
+    in a pass that costs the same.
     """
     if launch.backend(x) == "torch":
         return None
-    like = x.new_empty(()).expand(len(x), weight.shape[1], *size)
-    of_its_own = tile_of(like, len(weight), geometry_of(weight, 1, 1), fused=True) is not None
-    return None if of_its_own else modulation(weight, style, x)
+    like, geometry = x.new_empty(()).expand(len(x), weight.shape[1], *size), geometry_of(weight, up, 1)
+    of_its_own = tile_of(like, len(weight), geometry, fused=True) is not None
+    return None if of_its_own else modulation(weight, style, x, transposed=geometry.transposed)
 
 
 def _ready(

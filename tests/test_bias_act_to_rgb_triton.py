@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 TAPS = torch.tensor([1.0, 2.0, 4.0, 3.0], dtype=torch.float64) / 10  # not symmetric: a mirrored tap shows
 NAMES = ("x", "weight", "style", "bias", "rgb_bias", "demod", "noise", "strength", "image")
+WITH_NEXT = (*NAMES, "next_style")
 LAYER = {"clamp": 0.75, "rgb_clamp": 1.25}
 
 
@@ -25,21 +26,25 @@ def operands(n, c, h, w, *, names=NAMES, outputs=3, scale=2):
     shapes = {
         "x": (n, c, H, W), "weight": (outputs, c, 1, 1), "style": (n, c), "bias": (c,), "rgb_bias": (outputs,),
         "demod": (n, c), "noise": (n, 1, H, W), "strength": (1,), "image": (n, outputs, h, w),
+        "next_style": (n, c),
     }  # fmt: skip
     return [torch.randn(shapes[name], dtype=torch.float64) for name in names]
 
 
-def call(op, names=NAMES, part="both", **options):
-    """part: which result is returned, or both, side by side as channels of one."""
+def call(op, names=NAMES, part="", **options):
+    """part: which results are returned, or all, side by side as channels of one."""
 
     def function(*tensors):
-        y, rgb = op(**dict(zip(names, tensors, strict=True)), f=TAPS.to(tensors[0].device), **options)
-        return {"y": y, "rgb": rgb}[part] if part != "both" else torch.cat([y.to(rgb.dtype), rgb], 1)
+        results = op(**dict(zip(names, tensors, strict=True)), f=TAPS.to(tensors[0].device), **options)
+        assert len(results) == 2 + ("next_style" in names)
+        named = dict(zip(("y", "rgb", "styled"), results, strict=False))
+        chosen = [named[name] for name in part.split() or named]
+        return chosen[0] if len(chosen) == 1 else torch.cat([t.to(results[1].dtype) for t in chosen], 1)
 
     return function
 
 
-def op_case(name, names=NAMES, part="both", made=None, **options):
+def op_case(name, names=NAMES, part="", made=None, **options):
     return OpCase(
         name, call(kernels.bias_act_to_rgb, names, part, **options),
         call(kernels.bias_act_to_rgb_torch, names, part, **options),
@@ -53,6 +58,7 @@ def op_case(name, names=NAMES, part="both", made=None, **options):
 
 FULL = op_case("both results", **LAYER)
 RGB = op_case("the image alone", part="rgb", **LAYER)  # the last block; and its precision beside y's
+NEXT = op_case("what the next block reads", WITH_NEXT, part="rgb styled", **LAYER)
 SMALL = op_case(
     "few values", ("x", "weight", "style", "demod", "noise"), made={"outputs": 1, "scale": 1}, **LAYER
 )  # to differentiate numerically, value by value
@@ -66,6 +72,11 @@ def test_contract(name):
 @pytest.mark.parametrize("name", ["launches", "order", "precision"])
 def test_contract_of_the_image_alone(name):
     check(RGB, name)
+
+
+@pytest.mark.parametrize("name", ["launches", "values", "gradients", "second", "order", "precision", "determinism"])
+def test_contract_of_the_image_and_what_the_next_block_reads(name):
+    check(NEXT, name)
 
 
 def same(tensors, names=NAMES, order=2, wanted=None, **options):
@@ -85,7 +96,7 @@ def test_every_set_of_operands():
         names = ("x", "weight", "style", *sum(chosen, ()))
         clamps = {"clamp": 0.7 if i % 2 else None, "rgb_clamp": 1.25 if i % 3 else None}
         order = 2 if "demod" in names else 1
-        same(operands(1, 2, 1, 2, names=names, scale=1 + i % 2), names, order, part=("both", "rgb")[i % 2], **clamps)
+        same(operands(1, 2, 1, 2, names=names, scale=1 + i % 2), names, order, part=("", "rgb")[i % 2], **clamps)
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 4, 5])
@@ -98,11 +109,20 @@ def test_other_activations(act, gain):
     same(operands(2, 3, 1, 2), act=act, gain=gain, **LAYER)
 
 
-@pytest.mark.parametrize("part", ["y", "rgb", "both"])
+@pytest.mark.parametrize("part", ["y", "rgb", ""])
 def test_one_result_alone(part):
     """And each with constants in place of the conv's parameters, so that y is read in place of x."""
     same(operands(2, 3, 2, 2), part=part, **LAYER)
     same(operands(2, 3, 2, 2), part=part, wanted=[0, 3, 4, 8], **LAYER)
+
+
+@pytest.mark.parametrize("part", ["styled", "y styled", "rgb styled", ""])
+def test_next_style(part):
+    """Alone, beside what HSR reads, beside the image (most of training), and all of it (path length's outer pass)."""
+    for wanted in ([0, 1, 2, 3, 4, 5, 7, 8, 9], [0, 3, 4, 8], [0], [9], [1, 5, 9]):
+        same(operands(2, 3, 2, 1, names=WITH_NEXT), WITH_NEXT, part=part, wanted=wanted, **LAYER)
+    names = ("x", "weight", "style", "next_style")
+    same(operands(1, 3, 2, 1, names=names, outputs=5), names, part=part, act="swish")
 
 
 def test_a_filter_that_the_kernel_does_not_take_and_noise_that_wants_a_gradient():
@@ -120,26 +140,27 @@ def test_more_channels_and_pixels_than_a_program_takes(memory_format):
     same(tensors, order=1, clamp=0.75, rgb_clamp=16)
 
 
-def record(wrt, **options):
-    shapes = dict(zip(NAMES, [t.shape for t in operands(2, 8, 8, 8)], strict=True))
+def record(wrt, names=NAMES, **options):
+    shapes = dict(zip(names, [t.shape for t in operands(2, 8, 8, 8, names=names)], strict=True))
     tensors = {name: torch.empty(shape, device="meta", requires_grad=name in wrt) for name, shape in shapes.items()}
     with launch.record() as launches:
-        y, rgb = kernels.bias_act_to_rgb(**tensors, f=torch.empty(4, device="meta"), **options)
+        results = kernels.bias_act_to_rgb(**tensors, f=torch.empty(4, device="meta"), **options)
         if wrt:
-            torch.autograd.grad([y, rgb], [tensors[name] for name in wrt], [torch.empty_like(t) for t in (y, rgb)])
+            torch.autograd.grad(results, [tensors[name] for name in wrt], [torch.empty_like(t) for t in results])
     return launches
 
 
 def test_one_launch_forward_and_one_for_all_gradients():
     """A third makes the smaller image's gradient of the larger one's. What nobody wants is not computed."""
-    everything = [name for name in NAMES if name != "noise"]
-    names = [entry.kernel.__name__ for entry in record(everything, clamp=256, rgb_clamp=256)]
-    assert names == ["forward", "gradient", "fir4"]
+    for given in (NAMES, WITH_NEXT):
+        everything = [name for name in given if name != "noise"]
+        names = [entry.kernel.__name__ for entry in record(everything, given, clamp=256, rgb_clamp=256)]
+        assert names == ["forward", "gradient", "fir4"]
     _, gradient = record(["x", "rgb_bias"], clamp=256, rgb_clamp=256)
     on = {name for name, value in gradient.constants.items() if value is True}
     assert on == {"FROM_Y", "HAS_BIAS", "HAS_DEMOD", "HAS_NOISE", "HAS_STRENGTH"}
     (forward,) = record([], rgb_clamp=256)
-    assert forward.arguments[10] is None  # no bits are kept where nobody asks for a gradient
+    assert forward.arguments[12] is None  # no bits are kept where nobody asks for a gradient
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -154,6 +175,7 @@ def test_one_launch_forward_and_one_for_all_gradients():
         ("^clamp must be positive", {"clamp": 0.0}),
         ("rgb_clamp must be positive", {"rgb_clamp": 0.0}),
         ("demod must have shape", {"demod": torch.zeros(2, 6)}),
+        ("next_style must have shape", {"next_style": torch.zeros(5)}),
         ("noise must have shape", {"noise": torch.zeros(2, 1, 4, 8)}),
         ("strength needs noise", {"strength": torch.zeros(1)}),
         ("image must be .* pixels", {"image": torch.zeros(2, 3, 3, 3)}),

@@ -60,9 +60,11 @@ def fir(x, bias, demod, noise, strength):
     )
 
 
-def last(x, weight, style, bias, rgb_bias, noise):
-    y, rgb = kernels.bias_act_to_rgb(x, weight, style, bias, rgb_bias, noise=noise.detach(), clamp=2.0, rgb_clamp=4.0)
-    return torch.cat([y.float(), rgb], 1)
+def last(x, weight, style, bias, rgb_bias, noise, next_style):
+    y, rgb, styled = kernels.bias_act_to_rgb(
+        x, weight, style, bias, rgb_bias, noise=noise.detach(), next_style=next_style, clamp=2.0, rgb_clamp=4.0
+    )
+    return torch.cat([y.float(), rgb, styled.float()], 1)
 
 
 def operands(n, c, h, w):
@@ -79,7 +81,7 @@ def operands(n, c, h, w):
         "upsample2d": (lambda x: kernels.upsample2d(x, taps(x.device)), 2, [x]),
         "upfirdn2d": (lambda x: kernels.upfirdn2d(x, taps(x.device)[:3], up=3, down=2, padding=2), 2, [x]),
         "to_rgb": (lambda *t: kernels.to_rgb(*t, clamp=4.0), 2, [x, *rgb, normal(3).float()]),
-        "bias_act_to_rgb": (last, 2, [x, *rgb, small[0], normal(3).float(), small[2]]),
+        "bias_act_to_rgb": (last, 2, [x, *rgb, small[0], normal(3).float(), small[2], small[1]]),
         "feature_match": (kernels.feature_match, 1, [x, *hsr]),
     }  # fmt: skip
 

@@ -188,13 +188,21 @@ def test_noise_may_want_a_gradient():
     same(case, 1, 2, 4, 3, wanted=range(5))
 
 
-def test_conv1_finds_its_style_multiplied_in():
-    """A style of its own pass have only what reads features that toRGB reads too: b4.conv1 and the two conv0."""
-    g = make_g(half_dtype=torch.float16, num_fp16_res=1).to("meta")
+@pytest.mark.parametrize(("half", "own"), [(0, 1), (1, 2)])
+def test_a_layer_finds_its_style_multiplied_in(half, own):
+    """A style has a pass of its own in b4.conv1, whose x is a parameter, and in a conv0 whose x changes its dtype."""
+    g = make_g(half_dtype=torch.float16, num_fp16_res=half).to("meta")
+    ws = torch.empty(2, g.synthesis.num_ws, g.synthesis.w_dim, device="meta").requires_grad_()
     with launch.record() as launches:
-        g.synthesis(torch.empty(2, g.synthesis.num_ws, g.synthesis.w_dim, device="meta"), noise_mode="none")
-    passes = Counter(one.kernel.fn.__module__.removeprefix("hsrgan.kernels.") for one in launches)
-    assert passes["bias_act_kernels"] == 3 and passes["fir4_kernels"] == 2
+        image = g.synthesis(ws, noise_mode="none")
+        passes = modules(launches)
+        torch.autograd.grad(image, ws, torch.empty_like(image))
+    assert passes["bias_act_kernels"] == own and passes["fir4_kernels"] == 2
+    assert modules(launches)["bias_act_kernels"] == 2 * own
+
+
+def modules(launches):
+    return Counter(one.kernel.fn.__module__.removeprefix("hsrgan.kernels.") for one in launches)
 
 
 def test_one_launch_forward_and_one_for_all_gradients():

@@ -57,8 +57,8 @@ def to_rgb_case(n, c, h, w, scale, **options):
 
 
 def fold_case(n, c, h, w, **options):
-    shapes = ((n, c, h, w), (3, c, 1, 1), (n, c), (c,), (3,), (n, c), (n, 1, h, w), (1,), (n, 3, h, w))
-    names = ("x", "weight", "style", "bias", "rgb_bias", "demod", "noise", "strength", "image")
+    shapes = ((n, c, h, w), (3, c, 1, 1), (n, c), (c,), (3,), (n, c), (n, 1, h, w), (1,), (n, 3, h, w), (n, c))
+    names = ("x", "weight", "style", "bias", "rgb_bias", "demod", "noise", "strength", "image", "next_style")
 
     def call(op):
         return lambda *t: torch.cat(op(**dict(zip(names, t, strict=True)), f=TAPS, **options), 1)

@@ -164,6 +164,8 @@ def weight_gradient(n: int, c: int, r: int) -> Iterator[Call]:
 def bias_act_to_rgb(n: int, c: int, r: int) -> Iterator[Call]:
     sizes = {"x": (n, c, r, r), "weight": (3, c, 1, 1), "style": (n, c), "bias": (c,), "rgb_bias": (3,)}
     sizes |= {"demod": (n, c), "noise": (n, 1, r, r), "strength": (1,)}
+    if c > 64:  # fewer have the top, and what a conv0 reads that takes its style itself (kernels/conv_table.py)
+        sizes["next_style"] = (n, c)
     constants = ("noise",)
     if r > 4:
         sizes |= {"image": (n, 3, r // 2, r // 2), "f": (4,)}
