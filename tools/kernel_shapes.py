@@ -97,6 +97,7 @@ def bias_act(n: int, c: int, r: int) -> Iterator[Call]:
     layer = {"x": x, "bias": (c,), "demod": (n, c), "noise": (n, 1, r, r), "strength": (1,)}
     yield Call("G layer", "bias_act", layer, g_gain)
     yield Call("G layer, next style", "bias_act", {**layer, "next_style": (n, c)}, g_gain)
+    yield Call("G style alone", "bias_act", {"x": x, "demod": (n, c)}, {"act": "linear"})
     yield Call("D conv0", "bias_act", {"x": x, "bias": (c,)}, g_gain)
     residual = {"x": x, "bias": (c,), "residual": x}
     yield Call("D conv1 + skip", "bias_act", residual, {"gain": 1.0, "clamp": CLAMP * 0.5**0.5}, ("x", "residual"))
