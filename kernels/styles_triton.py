@@ -35,7 +35,7 @@ class Layers(NamedTuple):
         counts = list(accumulate((-(-size // sizes["ROWS"]) for size in self.sizes), initial=0))
         layers = zip(pairwise(rows), pairwise(counts), self.which, self.gains, strict=True)
         every = tuple((*rows, *where, which, gain) for rows, where, which, gain in layers)
-        return sizes | products(x) | {"LAYERS": every, "COUNT": len(every), "BLOCKS": counts[-1]}
+        return sizes | products(x) | {"LAYERS": every, "COUNT": len(every), "ALL_BLOCKS": counts[-1]}
 
 
 @triton.jit
@@ -58,13 +58,13 @@ def _layer(block, samples, LAYERS: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.c
 @triton.jit
 def forward(
     X, W, B, Y, samples, features, x_n, x_l, x_k,
-    LAYERS: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr,
+    LAYERS: tl.constexpr, COUNT: tl.constexpr, ALL_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, SAMPLES: tl.constexpr, FEATURES: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    row, row_ok, which, gain, at, step = _layer(program % BLOCKS, samples, LAYERS, COUNT, ROWS, ACC)
-    n = program // BLOCKS * SAMPLES + tl.arange(0, SAMPLES)
+    row, row_ok, which, gain, at, step = _layer(program % ALL_BLOCKS, samples, LAYERS, COUNT, ROWS, ACC)
+    n = program // ALL_BLOCKS * SAMPLES + tl.arange(0, SAMPLES)
     n_ok = n < samples
     acc = tl.zeros([SAMPLES, ROWS], ACC)
     for start in range(0, features, FEATURES):
@@ -83,7 +83,7 @@ def forward(
 @triton.jit
 def gradient_x(
     W, G, GX, samples, features, x_n, x_l, x_k,
-    LAYERS: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr,
+    LAYERS: tl.constexpr, COUNT: tl.constexpr, ALL_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, SAMPLES: tl.constexpr, FEATURES: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -110,13 +110,13 @@ def gradient_x(
 @triton.jit
 def gradient_w(
     X, G, GW, GB, samples, features, x_n, x_l, x_k,
-    LAYERS: tl.constexpr, COUNT: tl.constexpr, BLOCKS: tl.constexpr,
+    LAYERS: tl.constexpr, COUNT: tl.constexpr, ALL_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr, SAMPLES: tl.constexpr, FEATURES: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    row, row_ok, which, gain, at, step = _layer(program % BLOCKS, samples, LAYERS, COUNT, ROWS, ACC)
-    column = program // BLOCKS
+    row, row_ok, which, gain, at, step = _layer(program % ALL_BLOCKS, samples, LAYERS, COUNT, ROWS, ACC)
+    column = program // ALL_BLOCKS
     k = column * FEATURES + tl.arange(0, FEATURES)
     k_ok = k < features
     acc = tl.zeros([ROWS, FEATURES], ACC)
@@ -148,7 +148,7 @@ class Styles(Function):
         ctx.layers = layers
         constants = layers.constants(x)
         y = torch.empty(len(x) * len(w), dtype=x.dtype, device=x.device)
-        grid = constants["BLOCKS"] * -(-len(x) // constants["SAMPLES"])
+        grid = constants["ALL_BLOCKS"] * -(-len(x) // constants["SAMPLES"])
         b = None if b is None else b.contiguous()
         _run(forward, grid, x, w.contiguous(), b, y, x=x, constants=constants)
         return y
@@ -194,7 +194,7 @@ class _GradientW(Function):
         rows, features = sum(layers.sizes), x.shape[2]
         gw = torch.empty(rows, features, dtype=x.dtype, device=x.device)
         gb = torch.empty(rows, dtype=x.dtype, device=x.device)
-        grid = constants["BLOCKS"] * -(-features // constants["FEATURES"])
+        grid = constants["ALL_BLOCKS"] * -(-features // constants["FEATURES"])
         _run(gradient_w, grid, x, g.contiguous(), gw, gb, x=x, constants=constants)
         return gw, gb
 

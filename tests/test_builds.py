@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from hsrgan.engine.model import Discriminator, Generator
 from hsrgan.kernels import builds, conv_table, launch
@@ -229,3 +230,10 @@ def test_calls_are_the_layers_of_the_models():
             nets = [net(img_resolution=size, channel_base=base) for net in (Generator, Discriminator)]
         weights = {tuple(p.shape) for net in nets for p in net.parameters() if p.ndim == 4}
         assert not weights - {call.sizes.get("weight") for call in found.values()}
+
+
+@pytest.mark.parametrize("option", [("--op", "modulation,to_rgb"), ("--resolution", "48"), ("--model", "sg3")])
+def test_an_option_that_names_nothing_is_one_line(option):
+    """Not: nothing built, nothing unfit."""
+    run = CliRunner().invoke(kernel_builds.app, [*option])
+    assert run.exit_code == 2 and f"{option[0]} {option[1]}: there are " in run.stderr and run.stderr.count("\n") == 1

@@ -112,20 +112,23 @@ def main(
 
       python tools/kernel_builds.py --target sm_90 --dtype bfloat16
     """
+    known_model = [name for name in model if name in kernel_shapes.MODELS]
+    calls = kernel_shapes.calls({name: kernel_shapes.MODELS[name] for name in known_model})
     for value, known, name in (
         (target, TARGETS, "target"),
         (dtype, DTYPES, "dtype"),
         (model, kernel_shapes.MODELS, "model"),
+        (op, dict.fromkeys(call.op for call in calls), "op"),
+        (resolution, dict.fromkeys(call.resolution for call in calls), "resolution"),
     ):
         for one in value:
             if one not in known:
-                raise UserError(f"--{name} {one}: there are {', '.join(known)}")
+                raise UserError(f"--{name} {one}: there are {', '.join(map(str, known))}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
-    models = {name: kernel_shapes.MODELS[name] for name in model}
     calls = [
         call
-        for call in kernel_shapes.calls(models)
+        for call in calls
         if call.op in (op or [call.op]) and call.resolution in (resolution or [call.resolution])
     ]
     rows = build(calls, dtype, target, jobs)
