@@ -236,7 +236,7 @@ def test_what_was_timed_before_ctrl_c_is_kept(tmp_path, monkeypatch):
     options = ["--shapes", str(tmp_path / "shapes.yaml"), "--dtype", "float32", "--mode", "forward"]
     options += ["--provider", "eager", "--out", str(tmp_path / "rows")]
     run = CliRunner().invoke(bench_kernels.app, options)
-    assert run.exit_code == 130 and "stopped: 3 rows timed, of 8 cases" in run.output
+    assert run.exit_code == 130 and "stopped: 3 rows timed, of 10 cases" in run.output
     assert "not timed: eager bias_act, 8 G layer, float32, forward: is off by 3" in run.output
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["provider"] for row in rows] == ["eager"] * 3 and all("[1, 4, 8, 8]" in row["shape"] for row in rows)

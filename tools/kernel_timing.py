@@ -340,8 +340,11 @@ def nvidia(path: Path) -> Callable[[Call], Op | None]:
         return None if f is None else torch.outer(f, f)
 
     def bias_act(x, bias=None, *, demod=None, noise=None, strength=None, next_style=None, residual=None, **options):
-        if demod is not None:  # with noise, as in all of G's layers
-            x = fma.fma(x, demod.to(x.dtype)[:, :, None, None], (noise * strength).to(x.dtype))
+        scale = None if demod is None else demod.to(x.dtype)[:, :, None, None]
+        if noise is not None:  # with a scale, as in all of G's layers
+            x = fma.fma(x, scale, (noise * strength).to(x.dtype))
+        elif scale is not None:
+            x = x * scale
         options.setdefault("act", "lrelu")
         y = theirs_act.bias_act(x, None if bias is None else bias.to(x.dtype), **options)
         if next_style is not None:
