@@ -98,7 +98,7 @@ class SynthesisBlock(nn.Module):
         style = styles[len(self.layers) - 1]
         if self.torgb is not None and self.skip is None:  # both read what conv1 writes: one pass
             if above is not None and not finishes(x, self.conv1.weight):
-                following = above[0].prepared(x, above[1], self.size)
+                following = above[0].conv0_prepared(x, above[1], self.size)
             next_style = None if following is None else following.style
             torgb = partial(self.torgb, style=styles[-1], image=image, taps=self.taps, next_style=next_style)
             x, image, *styled = self.conv1(x, style, noises[-1], torgb, ready=ready)
@@ -110,7 +110,7 @@ class SynthesisBlock(nn.Module):
             image = self.torgb(x, styles[-1], image, self.taps)
         return Features(x), image
 
-    def prepared(self, x: Tensor, style: Tensor, size: tuple[int, int]) -> Modulation | None:
+    def conv0_prepared(self, x: Tensor, style: Tensor, size: tuple[int, int]) -> Modulation | None:
         """`kernels.prepared` of conv0, for the block below: conv0 and toRGB read what it makes of x in one pass.
 
         None also where the dtype changes between the blocks, or `skip` reads the features too.

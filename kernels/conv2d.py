@@ -35,7 +35,7 @@ def conv2d_torch(
 ) -> Tensor:
     """The definition of `conv2d`."""
     k = weight.shape[-1]
-    weight = (weight * weight_gain).to(x.dtype)
+    weight = (weight if weight_gain == 1 else weight * weight_gain).to(x.dtype)
     if up == 1 and down == 1:
         return F.conv2d(x, weight, padding=k // 2)
     if k == 1:

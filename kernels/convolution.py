@@ -12,7 +12,7 @@ goes in its own precision, and its `cast` in the dtype and layout of the activat
 pass: forward, gradients, R1's and path length's second derivative. A phase uses a weight once a round, for fakes and
 reals together, so that this and fp16's normalisation are once a phase and round (tests/test_precision.py counts).
 Nothing is kept from one phase to the next, where some weights are the same still: to cast and normalise FFHQ-1024's 4.9
-million half-precision weights once more moves about 0.1 GB, 20 µs of an H200's memory in a step of 85 ms at least
+million half-precision weights once more moves about 0.1 GB, 20 µs of an H200's memory in a step of 84 ms at least
 (`python tools/bench_train.py --model ffhq1024`), and a weight that is kept can go stale.
 """
 

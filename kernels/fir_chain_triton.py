@@ -101,11 +101,11 @@ class _FirBiasAct(Function):
     def backward(ctx, g, gy=None):
         y, f, bias, demod, noise, strength, style = ctx.saved_tensors
         want_x, _, want_bias, want_demod, _, want_strength, want_style, _ = launch.wanted(ctx)
-        gstyle = None
+        gstyle, by = None, style  # by: what g is still to be multiplied with
         if gy is not None:  # the outer pass of a penalty: two gradients come together
             if g is not None:
                 g, gstyle = times_style(g, y, style)
-            g, style, want_style = gy if g is None else g + gy, None, False
+            g, by, want_style = gy if g is None else g + gy, None, False
         if g is None:
             return (None,) * 8
         sums = {
@@ -115,14 +115,14 @@ class _FirBiasAct(Function):
             "style": want_style and ctx.blur.chain["CLAMP"] is not None,
         }
         sums = tuple(name for name, wanted in sums.items() if wanted)
-        scale = demod if style is None else style if demod is None else demod * style
+        scale = demod if by is None else by if demod is None else demod * by
         gx, *totals = _Gradient.apply(g, y, f, scale, noise, ctx.blur, ctx.nhwc, sums)
         total = dict(zip(sums, totals, strict=True))
         if want_style:
             gstyle = total["style" if "style" in total else "product"]
         total.pop("style", None)
-        if style is not None and total:  # a style, constant over pixels, may meet the sums after them
-            total = dict(zip(total, torch._foreach_mul([*total.values()], [style] * len(total)), strict=True))
+        if by is not None and total:  # a style, constant over pixels, may meet the sums after them
+            total = dict(zip(total, torch._foreach_mul([*total.values()], [by] * len(total)), strict=True))
         gbias = gdemod = gstrength = None
         if want_bias:
             gbias = total["v"].sum(0).to(bias.dtype)
@@ -137,7 +137,7 @@ class _FirBiasAct(Function):
             elif noise is not None:
                 gdemod = gdemod - total["noise"]
             gdemod = (gdemod / demod).to(demod.dtype)
-        gstyle = None if gstyle is None else gstyle.to(ctx.saved_tensors[6].dtype)
+        gstyle = None if gstyle is None else gstyle.to(style.dtype)
         return gx if want_x else None, None, gbias, gdemod, None, gstrength, gstyle, None
 
 

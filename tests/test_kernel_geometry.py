@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hsrgan import kernels
 from hsrgan.kernels import launch
 
-convolution_module = sys.modules["hsrgan.kernels.convolution"]
+convolution_module, demodulation_module = (
+    sys.modules[f"hsrgan.kernels.{name}"] for name in ("convolution", "demodulation")
+)
 
 
 def literal_fir(x, f, pads, gain):
@@ -127,22 +129,29 @@ def test_the_library_is_told_to_add_up_in_a_fixed_order_and_what_tf32_may(tf32):
     assert sorted(seen) == [("convolution", True, tf32)] * 2 + [("convolution_backward", True, tf32)]
 
 
+def results_of(function: type, method: str, monkeypatch) -> list:
+    """What a method of an autograd Function returns, call by call."""
+    found, original = [], getattr(function, method)
+
+    def watched(ctx, *args):
+        found.append(original(ctx, *args))
+        return found[-1]
+
+    monkeypatch.setattr(function, method, staticmethod(watched))
+    return found
+
+
 @pytest.mark.parametrize("wrt", ["images", "styles"])
 def test_penalties_compute_no_weight_gradient_that_is_thrown_away(wrt, monkeypatch):
     """R1 (images) and path length (styles): none in the inner derivative, and after it those of the penalty."""
-    calls = []
-    forward = convolution_module.WeightGradient.forward
-
-    def counted(ctx, *args):
-        calls.append(1)
-        return forward(ctx, *args)
-
-    monkeypatch.setattr(convolution_module.WeightGradient, "forward", staticmethod(counted))
+    calls = results_of(convolution_module.WeightGradient, "forward", monkeypatch)
+    demodulated = results_of(demodulation_module._Demodulation, "backward", monkeypatch)
     x, style = normal(2, 3, 4, 4).requires_grad_(), normal(2, 3).requires_grad_()
     weights = [normal(3, 3, 3, 3).requires_grad_() for _ in range(2)]
     y = network(x, weights, style)
     (inner,) = torch.autograd.grad(y.sum(), x if wrt == "images" else style, create_graph=True)
-    assert len(calls) == 0
+    assert len(calls) == 0 and all(weight is None for weight, _ in demodulated)
+    assert bool(demodulated) is (wrt == "styles")
     inner.square().sum().backward()
     assert len(calls) >= 4
     assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in weights)
@@ -153,14 +162,7 @@ def test_penalties_compute_no_weight_gradient_that_is_thrown_away(wrt, monkeypat
 
 def test_an_image_that_needs_no_gradient_costs_none(monkeypatch):
     """D's first layer in its main phase, of reals and of fakes: the gradient of the weight alone."""
-    calls = []
-    forward = convolution_module.Convolution.forward
-
-    def counted(ctx, *args):
-        calls.append(1)
-        return forward(ctx, *args)
-
-    monkeypatch.setattr(convolution_module.Convolution, "forward", staticmethod(counted))
+    calls = results_of(convolution_module.Convolution, "forward", monkeypatch)
     x, weight = normal(2, 3, 4, 4), normal(3, 3, 3, 3).requires_grad_()
     kernels.conv2d(x, weight).sum().backward()
     assert len(calls) == 1 and weight.grad.abs().sum() > 0
